@@ -1,0 +1,296 @@
+"""KV caches that keep within a budget (arXiv 2506.18226, section 4.2).
+
+A :class:`LayerCache` owns the keys and values of one layer, and its attention. Its slots are
+
+    [ condition tokens | image tokens, in no particular order ]
+
+with the position of every image token beside them. Until the image slots are full it is a dense cache; from then on
+each new token takes the slot of a victim that the policy names, so that memory never grows and no slot is ever empty.
+
+Nothing here waits for the device: victims are tensors, and the host only counts steps.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adsa.config import CacheConfig
+from adsa.similarity import RunningSimilarity
+
+# Scores become fixed-point numbers with the position in the low bits: one integer order, ties included.
+_FRACTION = 2.0**28
+_POSITION_BITS = 18
+
+
+def _ranks(score: Tensor, position: Tensor) -> Tensor:
+    """int64 keys whose order is that of (score, position). ``[B, G, N]`` each."""
+    return ((score.double() * _FRACTION).round().long() << _POSITION_BITS) + position
+
+
+class LayerCache:
+    """Keys and values of one layer, for ``batch`` rows that each choose for themselves.
+
+    Args:
+        config: what to keep.
+        batch: rows B, both halves of guidance included.
+        n_kv_head: H.
+        head_dim: D.
+        condition_tokens: T, how many tokens come before the image. Never evicted, not in the budget, not in Eq. 3.
+        max_tokens: image tokens that will be decoded.
+        dtype: of keys and values, unless ``config.dtype`` says otherwise.
+        device: where.
+        valid: bool ``[B, T]``, which condition tokens are no padding; None: all.
+
+    Attributes:
+        count: image tokens seen so far; the next one has this position.
+        capacity: image tokens that there is room for: the budget, or ``max_tokens`` when nothing is ever evicted.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        *,
+        batch: int,
+        n_kv_head: int,
+        head_dim: int,
+        condition_tokens: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        valid: Tensor | None = None,
+    ):
+        if max_tokens >= 1 << _POSITION_BITS:
+            raise ValueError(
+                f"max_tokens {max_tokens} is beyond the {1 << _POSITION_BITS} positions a cache can tell apart"
+            )
+        dtype = config.torch_dtype or dtype
+        self.config = config
+        self.policy = config.rule
+        self.budget = config.slots(max_tokens)
+        self.prefix, self.local = config.split
+        self.selects = config.mode == "select" and self.budget < max_tokens
+        self.evicts = config.mode == "evict" and self.budget < max_tokens
+        self.capacity = self.budget if self.evicts else max_tokens
+        self.count = 0
+
+        self.valid = valid
+        self.folds = config.fold_condition and condition_tokens > 1
+        self.condition_slots = 1 if self.folds else condition_tokens
+        size = self.condition_slots + self.capacity
+        self._k = torch.zeros(batch, n_kv_head, size, head_dim, dtype=dtype, device=device)
+        self._v = torch.zeros_like(self._k)
+        # Added to attention scores: what padding and folding need. None where every score counts as it is.
+        self._bias = None
+        if self.folds or valid is not None:
+            self._bias = torch.zeros(batch, 1, 1, size, dtype=dtype, device=device)
+        self._has_condition = condition_tokens == 0
+
+        self._positions = self._order = self.similarity = None
+        if self.evicts or self.selects:
+            joint = config.granularity == "layer"
+            groups = 1 if joint else n_kv_head
+            self._positions = torch.arange(self.capacity, device=device).expand(batch, groups, -1).contiguous()
+            if self.policy.needs_similarity:
+                self.similarity = RunningSimilarity(
+                    batch, n_kv_head, self.capacity, head_dim, joint=joint, dtype=dtype, device=device
+                )
+
+    # What policies see: the image tokens now cached, N of them.
+
+    @property
+    def filled(self) -> int:
+        return min(self.count, self.capacity)
+
+    @property
+    def k(self) -> Tensor:
+        """Keys of the cached image tokens, ``[B, H, N, D]``."""
+        return self._k[:, :, self.condition_slots : self.condition_slots + self.filled]
+
+    @property
+    def v(self) -> Tensor:
+        """Values of the cached image tokens, ``[B, H, N, D]``."""
+        return self._v[:, :, self.condition_slots : self.condition_slots + self.filled]
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the cached image tokens, int64 ``[B, G, N]``; G = H by head, 1 by layer."""
+        return self._positions[:, :, : self.filled]
+
+    # The two things a cache does: take tokens in, and attend.
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Insert, evict, attend.
+
+        The first call takes all condition tokens, which attend to each other causally; later ones an image token each.
+
+        Args:
+            q: ``[B, Hq, S, D]``, rotated; Hq is a multiple of H.
+            k, v: ``[B, H, S, D]``, the keys rotated.
+
+        Returns:
+            ``[B, Hq, S, D]``, in the dtype of ``q``.
+        """
+        if not self._has_condition:
+            self.insert_condition(k, v)
+            return _attention(q, k, v, self._condition_mask(q))
+        keys, values, bias = self.update(k, v)
+        return _attention(q.to(keys.dtype), keys, values, bias).to(q.dtype)
+
+    def insert_condition(self, k: Tensor, v: Tensor) -> None:
+        """Store the condition tokens, folded into one slot if the config says so. ``k``, ``v``: ``[B, H, T, D]``.
+
+        Folding: keys of zero give each of the n valid tokens the score 0, so together they are exactly one token
+        with the score ln(n) and the mean of their values.
+        """
+        self._has_condition = True
+        slots = slice(0, self.condition_slots)
+        if self.folds:
+            wide = torch.promote_types(v.dtype, torch.float32)
+            weight = torch.ones(v.shape[0], v.shape[2], device=v.device) if self.valid is None else self.valid
+            weight = weight.to(wide)[:, None, :, None]  # [B, 1, T, 1]
+            n = weight.sum(2, keepdim=True)
+            self._v[:, :, slots] = (v * weight).sum(2, keepdim=True) / n.clamp(min=1)
+            self._bias[..., slots] = n.log()
+            return
+        self._k[:, :, slots] = k
+        self._v[:, :, slots] = v
+        if self.valid is not None:
+            self._bias[..., slots].masked_fill_(~self.valid[:, None, None, :], -torch.inf)
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take in one image token, evicting another if there is no room.
+
+        Args:
+            k, v: ``[B, H, 1, D]``.
+
+        Returns:
+            Keys and values to attend to, ``[B, H, C + N, D]`` with the condition first, and a bias
+            ``[B, 1, 1, C + N]`` to add to the scores, or None.
+        """
+        k, v = k.to(self._k.dtype), v.to(self._v.dtype)
+        if self.count < self.capacity:
+            self._append(k, v)
+        elif self.evicts:
+            self._replace(self._victim(), k, v)
+        else:
+            raise ValueError(f"the cache was made for {self.capacity} image tokens, and this is one more")
+        self.count += 1
+        if self.selects and self.count > self.budget:
+            return self._selection()
+        end = self.condition_slots + self.filled
+        return self._k[:, :, :end], self._v[:, :, :end], None if self._bias is None else self._bias[..., :end]
+
+    def _append(self, k: Tensor, v: Tensor) -> None:
+        slot = self.condition_slots + self.count
+        self._k[:, :, slot : slot + 1] = k
+        self._v[:, :, slot : slot + 1] = v
+        if self.similarity is not None:
+            self.similarity.append(self.count, v)
+
+    def _replace(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write a token over another. ``slot``: int64 ``[B, G, 1]``, counted from the first image slot."""
+        self._positions.scatter_(2, slot, self.count)
+        index = (slot + self.condition_slots).unsqueeze(-1).expand_as(v)
+        if self.similarity is not None:
+            self.similarity.replace(slot, self._v.gather(2, index), v)
+        self._k.scatter_(2, index, k)
+        self._v.scatter_(2, index, v)
+
+    def _victim(self) -> Tensor:
+        """The slot to free, ``[B, G, 1]``: the least worthy of the previous tokens (section 4.2).
+
+        One ranking names the victims of ``renew_every`` steps.
+        """
+        step = (self.count - self.capacity) % self.config.renew_every
+        if step == 0:
+            ranks = _ranks(self.policy.score(self), self.positions)
+            fixed = (self.positions < self.prefix) | (self.positions > self.count - self.local)
+            ranks = ranks.masked_fill(fixed, torch.iinfo(torch.int64).max)
+            if self.config.renew_every == 1:
+                return ranks.argmin(-1, keepdim=True)
+            self._order = ranks.topk(self.config.renew_every, largest=False, sorted=True).indices
+        return self._order[:, :, step : step + 1]
+
+    def _selection(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and bias of condition, prefix, the chosen, and local (Eqs. 1-5); slots are in raster order."""
+        count, kept = self.count, self.budget - self.prefix - self.local
+        if (count - self.budget - 1) % self.config.renew_every == 0:
+            previous = slice(self.prefix, count - self.local)
+            score, position = self.policy.score(self)[..., previous], self.positions[..., previous]
+            ranks = _ranks(score, (1 << _POSITION_BITS) - 1 - position)
+            self._order = ranks.topk(kept).indices + self.prefix
+        batch, groups = self._order.shape[:2]
+        slots = [
+            torch.arange(self.prefix + self.condition_slots, device=self._k.device).expand(batch, groups, -1),
+            self._order + self.condition_slots,
+            torch.arange(count - self.local, count, device=self._k.device).expand(batch, groups, -1)
+            + self.condition_slots,
+        ]
+        index = torch.cat(slots, dim=-1).unsqueeze(-1)
+        index = index.expand(batch, self._k.shape[1], -1, self._k.shape[3])
+        bias = None if self._bias is None else self._bias[..., : index.shape[2]]  # image slots all have bias 0
+        return self._k.gather(2, index), self._v.gather(2, index), bias
+
+    def _condition_mask(self, q: Tensor) -> Tensor | None:
+        """bool ``[B, 1, T, T]``: causal, padding seen by nobody but itself. None if there is nothing to mask."""
+        length = q.shape[2]
+        if length == 1:
+            return None
+        causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        if self.valid is None:
+            return causal
+        return (causal & self.valid[:, None, None, :]) | torch.eye(length, dtype=torch.bool, device=q.device)
+
+    # The cache as a thing that takes up memory.
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything allocated, by name."""
+        named = {"k": self._k, "v": self._v, "bias": self._bias, "positions": self._positions, "order": self._order}
+        if self.similarity is not None:
+            named |= self.similarity.tensors()
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def keep_rows(self, rows: int) -> None:
+        """Forget all but the first ``rows`` rows, and free their memory."""
+        for name in ("_k", "_v", "_bias", "_positions", "_order", "valid"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor[:rows].clone())
+        if self.similarity is not None:
+            self.similarity.keep_rows(rows)
+
+
+class KVCache:
+    """One :class:`LayerCache` per layer; arguments as there, and ``n_layer``."""
+
+    def __init__(self, config: CacheConfig, *, n_layer: int, **shape):
+        self.config = config
+        self.layers = [LayerCache(config, **shape) for _ in range(n_layer)]
+
+    @property
+    def slots(self) -> int:
+        """Image tokens that a step attends to at most."""
+        return self.layers[0].budget
+
+    @property
+    def condition_slots(self) -> int:
+        """Slots that the condition takes, beside the budget."""
+        return self.layers[0].condition_slots
+
+    def nbytes(self) -> int:
+        """Bytes really allocated, by the storages behind the tensors, bookkeeping included."""
+        storages = [t.untyped_storage() for layer in self.layers for t in layer.tensors().values()]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+    def kv_nbytes(self) -> int:
+        """Bytes of keys and values alone: 2 * layers * B * H * (C + slots in memory) * D * bytes per number."""
+        return sum(layer.tensors()[name].nbytes for layer in self.layers for name in ("k", "v"))
+
+    def keep_rows(self, rows: int) -> None:
+        """Forget all but the first ``rows`` rows of the batch, as when guidance ends."""
+        for layer in self.layers:
+            layer.keep_rows(rows)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

@@ -1,0 +1,121 @@
+"""The `cache:` section of a configuration."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+from adsa.policies import POLICIES, Policy
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Which image tokens a KV cache keeps. A budget of n + K + m slots (arXiv 2506.18226, Eqs. 1-5).
+
+    Attributes:
+        policy: one of :data:`adsa.policies.POLICIES`; "full" is the dense cache.
+        budget: slots for image tokens, per layer and row. Condition tokens are held apart and don't count.
+        prefix: n, how many of the first image tokens always stay. None: the policy's default for the budget.
+        local: m, how many of the most recent always stay, the newest included. None: likewise.
+        granularity: "head" if each attention head chooses for itself, "layer" if the heads of a layer choose together.
+        mode: "evict" (what leaves is gone, memory is bounded by the budget) or "select" (the whole history stays in
+            memory, and the choice is made anew: a token left out can come back).
+        renew_every: how many steps one ranking serves; 1 is the paper.
+        dtype: of the cache: "fp32", "fp16", "bf16" or "fp64"; None: the model's.
+        fold_condition: hold text tokens, whose keys are zero in LlamaGen, as one slot that is exactly their sum. Only
+            valid for models with such keys.
+
+    Raises:
+        ValueError: for impossible values, with the numbers in the message.
+    """
+
+    policy: str = "adsa"
+    budget: int | None = None
+    prefix: int | None = None
+    local: int | None = None
+    granularity: str = "head"
+    mode: str = "evict"
+    renew_every: int = 1
+    dtype: str | None = None
+    fold_condition: bool = True
+
+    def __post_init__(self):
+        for name, choices in (("policy", POLICIES), ("granularity", ("head", "layer")), ("mode", ("evict", "select"))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"cache {name} must be one of {', '.join(choices)}, not {value!r}{_near(value, choices)}"
+                )
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"cache dtype must be one of {', '.join(DTYPES)} or None, not {self.dtype!r}")
+        for name, low in (("budget", 1), ("prefix", 0), ("local", 1), ("renew_every", 1)):
+            value = getattr(self, name)
+            if value is None and name != "renew_every":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"cache {name} must be a whole number of tokens, not {value!r}")
+            if value < low:
+                raise ValueError(f"cache {name} must be at least {low}, not {value}")
+        if not isinstance(self.fold_condition, bool):
+            raise ValueError(f"cache fold_condition must be true or false, not {self.fold_condition!r}")
+        if self.policy == "full":
+            given = [name for name in ("budget", "prefix", "local") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"cache policy 'full' keeps every token and takes no {', '.join(given)}")
+            return
+        if self.budget is None:
+            raise ValueError(f"cache policy {self.policy!r} needs a budget: how many image tokens it may keep")
+        prefix, local = self.split
+        if prefix + local > self.budget:
+            raise ValueError(
+                f"cache budget {self.budget} is too small: prefix {prefix} and local {local} take {prefix + local}"
+            )
+        spare = self.budget - prefix - local + 1
+        if self.mode == "evict" and self.renew_every > spare:
+            raise ValueError(
+                f"cache renew_every {self.renew_every} is too large: with budget {self.budget}, prefix {prefix} and "
+                f"local {local}, one ranking has only {spare} tokens that may go"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> "CacheConfig":
+        """From a YAML section; an unknown key is a ValueError that suggests the nearest name."""
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise ValueError(f"unknown cache key {key!r}{_near(key, names)}; known: {', '.join(names)}")
+        return cls(**values)
+
+    @property
+    def rule(self) -> Policy:
+        return POLICIES[self.policy]
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """(prefix, local): those given, or the policy's own for this budget."""
+        if self.budget is None:
+            return 0, 0
+        prefix, local = self.rule.split(self.budget)
+        if self.prefix is not None:
+            prefix = self.prefix
+            local = min(local, self.budget - prefix)
+        if self.local is not None:
+            local = self.local
+            prefix = min(prefix, self.budget - local) if self.prefix is None else prefix
+        return prefix, max(local, 1)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return None if self.dtype is None else DTYPES[self.dtype]
+
+    def slots(self, max_tokens: int) -> int:
+        """How many image tokens one decode of ``max_tokens`` attends to at most."""
+        return max_tokens if self.budget is None else min(self.budget, max_tokens)
+
+
+def _near(value, choices) -> str:
+    match = difflib.get_close_matches(str(value), list(choices), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,0 +1,15 @@
+"""TopK-V (arXiv 2506.18226, section 4.1): of the tokens between prefix and local window, keep the least redundant."""
+
+from torch import Tensor
+
+from adsa.policies.base import Policy
+
+
+class Adsa(Policy):
+    """Eq. 4: the tokens whose V is, on average, least similar to that of all cached tokens stay."""
+
+    name = "adsa"
+    needs_similarity = True
+
+    def score(self, layer) -> Tensor:
+        return -layer.similarity.score(layer.v)

@@ -1,0 +1,94 @@
+"""How redundant a token is: the mean cosine similarity of its features with those of all tokens (Eqs. 2 and 3).
+
+:func:`mean_cosine_similarity` is the definition, quadratic in the number of tokens. :class:`RunningSimilarity` gives
+the same numbers in one pass over the features: with unit vectors u_j and their sum U = sum_j u_j,
+
+    s_i = mean_j u_i . u_j = (u_i . U) / N,
+
+where U is kept up to date as tokens enter and leave.
+"""
+
+import torch
+from torch import Tensor
+
+# Scores that differ by less than this are ties. Equal features must tie, whatever the order of summation did to their
+# last bits: in the first layer, every repeated token has the same V.
+TIE = {torch.float64: 2.0**-28}
+TIE_SINGLE = 2.0**-16
+
+
+def mean_cosine_similarity(v: Tensor) -> Tensor:
+    """The definition (Eqs. 2, 3), by the full matrix of similarities. For reference; costs N^2.
+
+    Args:
+        v: ``[..., N, D]``.
+
+    Returns:
+        ``[..., N]``; a zero vector counts as similar to nothing.
+    """
+    unit = torch.nn.functional.normalize(v, dim=-1, eps=torch.finfo(v.dtype).tiny)
+    return (unit @ unit.mT).mean(-1)
+
+
+class RunningSimilarity:
+    """Mean cosine similarities of the tokens in a cache, kept by a running sum.
+
+    Args:
+        batch, heads, slots, head_dim: shape of the cache, ``[B, H, N, D]``.
+        joint: whether a token's features are those of all heads together (one score per layer) or of each head.
+        dtype: dtype of the features; sums are at least float32.
+        device: where.
+
+    Attributes:
+        total: ``[B, H, D]``, the sum U of unit vectors.
+        inverse_norm: ``[B, G, N]``, 1 / |v_i|, with G = 1 if joint else H.
+    """
+
+    def __init__(self, batch, heads, slots, head_dim, *, joint: bool, dtype: torch.dtype, device):
+        wide = torch.promote_types(dtype, torch.float32)
+        self.joint = joint
+        self.total = torch.zeros(batch, heads, head_dim, dtype=wide, device=device)
+        self.inverse_norm = torch.zeros(batch, 1 if joint else heads, slots, dtype=wide, device=device)
+
+    def _inverse_norm(self, v: Tensor) -> Tensor:
+        """``[B, H, 1, D]`` -> ``[B, G, 1]``."""
+        square = v.to(self.total.dtype).square().sum(-1)
+        if self.joint:
+            square = square.sum(1, keepdim=True)
+        return torch.where(square > 0, square.rsqrt(), square)
+
+    def append(self, slot: int, v: Tensor) -> None:
+        """A token enters an empty slot. ``v``: ``[B, H, 1, D]``."""
+        inverse = self._inverse_norm(v)
+        self.inverse_norm[:, :, slot : slot + 1] = inverse
+        self.total += (v * inverse.unsqueeze(-1)).squeeze(2)
+
+    def replace(self, slot: Tensor, old: Tensor, new: Tensor) -> None:
+        """A token takes another's place. ``slot``: int ``[B, G, 1]``; ``old``, ``new``: ``[B, H, 1, D]``."""
+        inverse = self._inverse_norm(new)
+        gone = self.inverse_norm.gather(2, slot)
+        self.total += (new * inverse.unsqueeze(-1) - old * gone.unsqueeze(-1)).squeeze(2)
+        self.inverse_norm.scatter_(2, slot, inverse)
+
+    def score(self, v: Tensor) -> Tensor:
+        """s_i (Eq. 3) of the first N tokens.
+
+        Args:
+            v: ``[B, H, N, D]``, the features that were appended or replaced into slots 0 .. N - 1.
+
+        Returns:
+            ``[B, G, N]`` in the dtype of the sums, rounded so that equal features have equal scores.
+        """
+        count = v.shape[2]
+        dots = torch.matmul(v, self.total.to(v.dtype).unsqueeze(-1)).squeeze(-1).to(self.total.dtype)
+        if self.joint:
+            dots = dots.sum(1, keepdim=True)
+        tie = TIE.get(v.dtype, TIE_SINGLE)
+        return (dots * self.inverse_norm[:, :, :count] * (1 / (count * tie))).round() * tie
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"total": self.total, "inverse_norm": self.inverse_norm}
+
+    def keep_rows(self, rows: int) -> None:
+        """Forget all but the first ``rows`` rows."""
+        self.total, self.inverse_norm = self.total[:rows].clone(), self.inverse_norm[:rows].clone()

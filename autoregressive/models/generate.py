@@ -1,0 +1,105 @@
+"""The decode loop: condition in, image tokens out, through any KV cache."""
+
+import torch
+from torch import Tensor
+
+from adsa import CacheConfig, KVCache
+from autoregressive.models.gpt import Transformer
+from autoregressive.models.sampling import draw, guide, probabilities, uniform_noise
+
+
+def new_cache(
+    model: Transformer,
+    batch: int,
+    max_new_tokens: int,
+    emb_masks: Tensor | None = None,
+    cfg_scale: float = 1.0,
+    cache: CacheConfig | None = None,
+) -> KVCache:
+    """The cache that :func:`generate` makes for these arguments; ``batch`` counts images."""
+    rows = 2 if cfg_scale > 1.0 else 1
+    valid = None if emb_masks is None else emb_masks.bool().repeat(rows, 1)
+    return model.new_cache(cache or CacheConfig(policy="full"), rows * batch, max_new_tokens, valid)
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    cond: Tensor,
+    max_new_tokens: int,
+    emb_masks: Tensor | None = None,
+    cfg_scale: float = 1.0,
+    cfg_interval: float = -1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    sample_logits: bool = True,
+    cache: CacheConfig | None = None,
+    seeds: Tensor | None = None,
+    kv: KVCache | None = None,
+) -> Tensor:
+    """Sample image tokens.
+
+    Args:
+        model: in eval mode; its ``forward`` may be compiled.
+        cond: int ``[B]`` class ids, or ``[B, T, caption_dim]`` text features, left-padded with zeros.
+        max_new_tokens: N, at most ``model.config.block_size``.
+        emb_masks: ``[B, T]``, 1 where a text token is no padding; None: all valid. Guidance masks its unconditional
+            half alike, as LlamaGen does.
+        cfg_scale: guidance: logits = uncond + (cond - uncond) * cfg_scale. At 1 or less there is no unconditional half.
+        cfg_interval: if above -1, guidance ends after this many decode steps (0 is the second token), and so does the
+            computation of the unconditional half.
+        temperature, top_k, top_p: applied in this order; top_k = 0 and top_p = 1 are off.
+        sample_logits: draw; if False, take the most likely token.
+        cache: what to keep (:class:`adsa.CacheConfig`). None: everything.
+        seeds: int ``[B]``, one per image. The noise of an image depends on its seed alone, not on the batch. None:
+            drawn from torch's global generator.
+        kv: a cache from :func:`new_cache`, for callers who want to look at it afterwards. None: made here.
+
+    Returns:
+        int64 ``[B, N]`` on the device of ``cond``. While decoding, tokens leave for host memory (section 4.2 of the
+        paper).
+
+    Raises:
+        ValueError: for arguments that do not fit the model or each other.
+    """
+    batch, device = len(cond), cond.device
+    if model.training:
+        raise ValueError("generate needs the model in eval mode: call model.eval() first")
+    if not 1 <= max_new_tokens <= model.config.block_size:
+        raise ValueError(f"max_new_tokens must be 1 to {model.config.block_size} (block_size), not {max_new_tokens}")
+    if seeds is None:
+        seeds = torch.randint(2**62, (batch,))
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} images: generate takes one per image")
+    if kv is None:
+        kv = new_cache(model, batch, max_new_tokens, emb_masks, cfg_scale, cache)
+
+    noise = uniform_noise(seeds, max_new_tokens).T.contiguous().to(device) if sample_logits else None
+    pinned = device.type == "cuda"
+    tokens = torch.empty(max_new_tokens, batch, dtype=torch.long, pin_memory=pinned)
+    guided = cfg_scale > 1.0
+    if guided:
+        cond = torch.cat([cond, model.null_condition(cond)])
+
+    logits, _ = model(cond_idx=cond, cache=kv)
+    position = torch.tensor([model.config.cls_token_num], device=device)
+    for step in range(max_new_tokens):
+        logits = logits[:, -1]
+        if guided:
+            logits = guide(logits, cfg_scale)
+        if sample_logits:
+            token = draw(probabilities(logits, temperature, top_k, top_p), noise[step])
+        else:
+            token = logits.argmax(-1)
+        tokens[step].copy_(token, non_blocking=pinned)
+        if step == max_new_tokens - 1:
+            break
+        if guided and -1 < cfg_interval < step:
+            guided = False
+            kv.keep_rows(batch)
+        logits, _ = model(idx=token.repeat(2 if guided else 1).unsqueeze(1), input_pos=position, cache=kv)
+        position += 1
+    if pinned:
+        torch.cuda.synchronize(device)
+    return tokens.T.contiguous().to(device)

@@ -1,0 +1,58 @@
+"""From logits to a token: guidance, temperature, top-k, top-p, draw. In LlamaGen's order and with its tie rules."""
+
+import torch
+from torch import Tensor
+
+
+def guide(logits: Tensor, cfg_scale: float) -> Tensor:
+    """Classifier-free guidance on raw logits: ``[2B, V]``, conditional rows first, -> ``[B, V]``."""
+    cond, uncond = logits.chunk(2)
+    return uncond + (cond - uncond) * cfg_scale
+
+
+def filter_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """All logits strictly below the k-th largest become -inf (ties with it stay). 0: off. ``[B, V]``."""
+    if top_k <= 0 or top_k >= logits.shape[-1]:
+        return logits
+    threshold = logits.topk(top_k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def filter_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Keep the most likely tokens, up to and including the one whose sum crosses ``top_p``. 1: off. ``[B, V]``."""
+    if top_p >= 1.0:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    mass = ordered.softmax(-1).cumsum(-1)
+    drop = torch.zeros_like(mass, dtype=torch.bool)
+    drop[:, 1:] = mass[:, :-1] > top_p  # shifted by one: the token that crosses stays
+    remove = torch.empty_like(drop).scatter_(1, order, drop)
+    return logits.masked_fill(remove, -torch.inf)
+
+
+def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """The distribution that a token is drawn from. ``[B, V]`` -> ``[B, V]``, at least float32."""
+    logits = logits / max(temperature, 1e-5)
+    return filter_top_p(filter_top_k(logits, top_k), top_p).softmax(-1)
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF draw: the first token at which the cumulative probability exceeds ``uniform``.
+
+    Args:
+        probs: ``[B, V]``.
+        uniform: ``[B]`` in [0, 1), one number per image.
+
+    Returns:
+        int64 ``[B]``; never a token of probability 0.
+    """
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1]
+    target = torch.minimum(uniform.to(total.dtype) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target.unsqueeze(-1), right=True).squeeze(-1)
+
+
+def uniform_noise(seeds: Tensor, steps: int) -> Tensor:
+    """The noise of each image, which depends on its seed alone. int64 ``[B]`` -> float32 ``[B, steps]``, on the CPU."""
+    generator = torch.Generator()
+    return torch.stack([torch.rand(steps, generator=generator.manual_seed(seed)) for seed in seeds.tolist()])
