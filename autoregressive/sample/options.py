@@ -1,0 +1,474 @@
+"""The options of the sampling scripts: one typed table behind the flags, the YAML files and their documentation.
+
+A section is a dataclass whose fields carry their help. `parse_options` reads the defaults, then the file that
+`--config` names, then the flags; what comes later wins. Run as a script, this prints the table as Markdown.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from adsa import CacheConfig  # noqa: E402
+from adsa.config import DTYPES  # noqa: E402
+from adsa.policies import POLICIES  # noqa: E402
+
+
+class OptionError(ValueError):
+    """Options that cannot be used; the message names the file and key, or the flag, and the way out."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flags: Sequence[str] = (),
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+    path: bool = False,
+    script: str | None = None,
+) -> Any:
+    """One row of the table.
+
+    Args:
+        default: the value where neither file nor flag gives one. None: the help says what happens.
+        help: what it means, its unit, and what None does.
+        flags: the flags, where they are not just the key's name.
+        choices: the strings allowed.
+        metavar: what the help calls the value.
+        path: relative paths in a YAML file start from that file's folder.
+        script: "grid" or "job", if only that kind of script has the flag. Files may always give the key.
+    """
+    metadata = {"help": help, "flags": flags, "choices": choices, "metavar": metavar, "path": path, "script": script}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelOptions:
+    """The models and the size of the image. What is not given is read from the checkpoints, where they tell it."""
+
+    gpt_model: str | None = option(None, "registered size; default: as the checkpoint says, else GPT-B", metavar="NAME")
+    gpt_ckpt: str | None = option(None, "weights of the GPT: .safetensors, .pt or .pth", metavar="FILE", path=True)
+    gpt_type: str = option("c2i", "class- or text-conditional", choices=("c2i", "t2i"))
+    from_fsdp: bool = option(
+        False,
+        "the checkpoint is FSDP's STEP/consolidated.pth: name the run after the folder (wrapping is recognised anyway)",
+    )
+    cls_token_num: int | None = option(
+        None, "condition tokens; default: as the checkpoint says, else 1 (c2i) or 120 (t2i)"
+    )
+    precision: str | None = option(
+        None,
+        "of the GPT; the tokenizer is always fp32. Default: bf16 on CUDA, none (fp32) elsewhere",
+        choices=("none", "fp16", "bf16"),
+    )
+    compile: bool = option(False, "torch.compile the GPT: slow to start, faster per token")
+    vq_model: str | None = option(None, "tokenizer; default: as the checkpoint says, else VQ-16", metavar="NAME")
+    vq_ckpt: str | None = option(None, "weights of the tokenizer", metavar="FILE", path=True)
+    codebook_size: int | None = option(None, "default: as the checkpoint says, else the tokenizer's (16384 for VQ-16)")
+    codebook_embed_dim: int | None = option(None, "default: as the checkpoint says, else the tokenizer's (8)")
+    image_size: int | None = option(
+        None,
+        "pixels along a side, a multiple of downsample-size; default: as the checkpoint says, else 384",
+        metavar="PX",
+    )
+    downsample_size: int | None = option(
+        None, "pixels along a side of a token; default: the tokenizer's own", metavar="PX"
+    )
+    num_classes: int | None = option(None, "default: as the checkpoint says, else 1000")
+
+
+@dataclass
+class SamplingOptions:
+    """From logits to tokens."""
+
+    cfg_scale: float = option(1.5, "classifier-free guidance; 1 is off", metavar="S")
+    cfg_interval: float = option(-1.0, "guidance ends after this many decode steps; -1: never", metavar="STEPS")
+    top_k: int = option(0, "draw among the K most likely tokens; 0: all", metavar="K")
+    top_p: float = option(1.0, "draw among the most likely tokens that sum to P; 1: all", metavar="P")
+    temperature: float = option(1.0, "divides the logits", metavar="T")
+
+
+@dataclass
+class CacheOptions:
+    """Which image tokens the KV cache keeps (arXiv 2506.18226)."""
+
+    policy: str = option("full", "full is the dense cache", choices=tuple(POLICIES))
+    budget: int | None = option(None, "slots for image tokens, per layer; every policy but full needs it", metavar="N")
+    prefix: int | None = option(
+        None, "how many of the first image tokens always stay; default: the policy's", metavar="N"
+    )
+    local: int | None = option(None, "how many of the newest always stay; default: the policy's", metavar="N")
+    granularity: str = option("head", "who chooses: each head, or a layer's heads together", choices=("head", "layer"))
+    mode: str = option(
+        "evict",
+        "evict: what leaves is gone; select: all stay in memory, chosen anew each step",
+        choices=("evict", "select"),
+    )
+    renew_every: int = option(1, "steps that one ranking serves; 1 is the paper", metavar="STEPS")
+    dtype: str | None = option(None, "of keys and values; default: the model's", choices=tuple(DTYPES))
+    fold_condition: bool = option(True, "hold LlamaGen's text tokens as one slot that is exactly their sum")
+
+
+@dataclass
+class RunOptions:
+    """What to sample and where it goes."""
+
+    seed: int = option(0, "every image's own seed is made from this and its index", flags=("--global-seed", "--seed"))
+    class_labels: Sequence[str] | None = option(
+        None, "class ids or names; default: all classes in turn, or in a grid a fixed few", metavar="CLASS"
+    )
+    class_names: str | None = option(
+        None,
+        'JSON list of names, or {"classes": [...]}; default: classes.json beside the GPT',
+        metavar="FILE",
+        path=True,
+    )
+    compare: Sequence[str] | None = option(
+        None,
+        "caches to sample side by side, as full or POLICY-BUDGET; the other cache options hold for all",
+        metavar="CACHE",
+        script="grid",
+    )
+    output: str = option("sample_c2i.png", "the grid", metavar="FILE.png", path=True, script="grid")
+    sample_dir: str = option("samples", "the run folder is made in here", metavar="DIR", path=True, script="job")
+    per_proc_batch_size: int = option(32, "images that one process samples at a time", metavar="N", script="job")
+    num_fid_samples: int = option(50000, "images in all", metavar="N", script="job")
+    image_size_eval: int | None = option(
+        None,
+        "images are resized to this (bicubic, no antialias); default: 256, or image-size if smaller",
+        metavar="PX",
+        script="job",
+    )
+    label_distribution: str = option(
+        "balanced", "balanced: classes in turn; uniform: drawn at random", choices=("balanced", "uniform"), script="job"
+    )
+    cpu: bool = option(False, "run on the CPU even where there is a GPU")
+
+
+@dataclass
+class Options:
+    """All sections, in the order of the YAML file."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def cache_config(self) -> CacheConfig:
+        """Raises OptionError for impossible values."""
+        try:
+            return CacheConfig.from_dict(asdict(self.cache))
+        except ValueError as error:
+            raise OptionError(str(error)) from error
+
+    def check(self) -> None:
+        """Raises OptionError for values that no model could be sampled with."""
+        self.cache_config()
+        sampling, run = self.sampling, self.run
+        positive = {
+            "model.image_size": self.model.image_size,
+            "model.downsample_size": self.model.downsample_size,
+            "model.num_classes": self.model.num_classes,
+            "model.cls_token_num": self.model.cls_token_num,
+            "run.per_proc_batch_size": run.per_proc_batch_size,
+            "run.num_fid_samples": run.num_fid_samples,
+            "run.image_size_eval": run.image_size_eval,
+        }
+        for key, value in positive.items():
+            if value is not None and value < 1:
+                raise OptionError(f"{key} must be at least 1, not {value}")
+        if not 0 <= run.seed < 2**63:
+            raise OptionError(f"run.seed must be 0 to 2^63 - 1, not {run.seed}")
+        if sampling.top_k < 0:
+            raise OptionError(f"sampling.top_k must be 0 (off) or more, not {sampling.top_k}")
+        if not 0 < sampling.top_p <= 1:
+            raise OptionError(f"sampling.top_p must be above 0 and at most 1 (off), not {sampling.top_p}")
+        if not 0 <= sampling.temperature < float("inf"):
+            raise OptionError(f"sampling.temperature must be 0 or more, not {sampling.temperature}")
+
+
+def flags_of(section: str, row: Field) -> tuple[str, ...]:
+    """The flags of a row; those of the cache carry its name."""
+    prefix = "cache-" if section == "cache" else ""
+    return tuple(row.metadata["flags"]) or (f"--{prefix}{row.name.replace('_', '-')}",)
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """' (did you mean X?)', or nothing if no name is near."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+# Types
+
+
+def _kind(owner: type, row: Field) -> tuple[type, bool]:
+    """(str, int, float, bool or list, whether None is allowed); a list is one of strings."""
+    hint = typing.get_type_hints(owner)[row.name]
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    return (list if typing.get_origin(hint) else hint), optional
+
+
+_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
+
+
+def _typed(value: Any, kind: type, optional: bool, choices: Sequence[str] | None) -> Any:
+    """A value from YAML as its row wants it. Raises OptionError that says what was expected."""
+    if value is None and optional:
+        return None
+    expected = f"one of {', '.join(choices)}" if choices else _NAMES[kind]
+    if kind is list and isinstance(value, list) and all(isinstance(item, str | int) for item in value):
+        return [str(item) for item in value]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind or (choices and value not in choices):
+        hint = near(str(value), choices) if choices else ""
+        if kind is float and isinstance(value, str) and "e" in value:
+            hint = " (YAML wants a point before the e, as in 1.0e-3)"
+        raise OptionError(f"expected {expected}, got {value!r}{hint}")
+    return value
+
+
+def _from_flag(kind: type, optional: bool, choices: Sequence[str] | None):
+    """An argparse type. Where None is allowed and means something, the word `none` gives it."""
+
+    def convert(text: str):
+        if optional and text.lower() == "none" and not (choices and "none" in choices):
+            return None
+        try:
+            value = str(text) if kind is list else kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {_NAMES[kind]}, got {text!r}") from None
+        if choices and value not in choices:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(choices)}, got {text!r}{near(text, choices)}")
+        return value
+
+    return convert
+
+
+# Files
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error, and not a value lost."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = getattr(key, "value", None)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is given twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_config(path: str | Path, options: Options, *, nested: bool = False) -> dict[str, dict[str, Any]]:
+    """Read a YAML file, and the one that its `base:` names, which it overrides key by key.
+
+    Args:
+        path: the file.
+        options: whose sections and types the file must fit.
+        nested: whether this is a base itself, which may have no further base.
+
+    Returns:
+        {section: {key: value}} of the keys given.
+
+    Raises:
+        OptionError: naming file and key.
+    """
+    path = Path(path)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise OptionError(
+            f"{path}: {error.strerror or error}; the project's own files are in {_shown(ROOT / 'configs')}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path}: not UTF-8 text; is it a YAML file?") from error
+    except yaml.YAMLError as error:
+        raise OptionError(f"{path}: not valid YAML: {error}") from error
+    content = {} if content is None else content
+    sections = {section.name: getattr(options, section.name) for section in fields(options)}
+    if not isinstance(content, dict):
+        raise OptionError(f"{path}: expected the sections {', '.join(sections)}, got {content!r}")
+
+    base = content.pop("base", None)
+    values: dict[str, dict[str, Any]] = {}
+    if base is not None:
+        if nested or not isinstance(base, str):
+            raise OptionError(
+                f"{path}: key 'base': " + ("a base has no base" if nested else f"expected a file, got {base!r}")
+            )
+        values = read_config(path.parent / base, options, nested=True)
+    for name, given in content.items():
+        if name not in sections:
+            raise OptionError(
+                f"{path}: unknown section {name!r}{_near_key(name, sections)}; known: {', '.join(sections)}"
+            )
+        if given is None:
+            continue
+        if not isinstance(given, dict):
+            raise OptionError(f"{path}: section {name!r}: expected keys and values, got {given!r}")
+        rows = {row.name: row for row in fields(sections[name])}
+        for key, value in given.items():
+            if key not in rows:
+                raise OptionError(f"{path}: unknown key '{name}.{key}'{_near_key(str(key), rows, sections)}")
+            kind, optional = _kind(type(sections[name]), rows[key])
+            try:
+                value = _typed(value, kind, optional, rows[key].metadata["choices"])
+            except OptionError as error:
+                raise OptionError(f"{path}: key '{name}.{key}': {error}") from None
+            if rows[key].metadata["path"] and value is not None:
+                value = os.path.normpath(path.parent / Path(value).expanduser())
+            values.setdefault(name, {})[key] = value
+    return values
+
+
+def _near_key(key: str, rows: dict, sections: dict | None = None) -> str:
+    """A suggestion among a section's keys, or else among all sections' keys, since sections are easily mixed up."""
+    suggestion = near(key, rows) or near(key.replace("-", "_"), rows)
+    if suggestion or sections is None:
+        return suggestion
+    elsewhere = {row.name: f"{name}.{row.name}" for name, section in sections.items() for row in fields(section)}
+    match = difflib.get_close_matches(key.replace("-", "_"), elsewhere, n=1)
+    return f" (did you mean {elsewhere[match[0]]}?)" if match else f"; known: {', '.join(rows)}"
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    shown = os.path.relpath(path)
+    return str(path) if shown.startswith(os.path.join("..", "..", "..")) else shown
+
+
+# Flags
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest flag, and doesn't print forty flags over the message."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # each process of a machine finds the same mistake
+            print(f"{self.prog}: error: {message}\n(see {self.prog} --help)", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def parse_options(
+    defaults: Options, argv: Sequence[str] | None, *, script: str, description: str, examples: str
+) -> Options:
+    """Command line -> options, or an exit with status 2 and a message.
+
+    Args:
+        defaults: also says which sections there are; filled in place and returned.
+        argv: the arguments; None: the process's own.
+        script: "grid" or "job": whose flags to offer.
+        description, examples: for the help.
+    """
+    parser = _Parser(
+        usage="%(prog)s [--config FILE.yaml] [flags]",
+        description=description,
+        epilog=examples,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="gives any of the options below; a flag overrides it. See configs/README.md",
+    )
+    known = ["--config", "--help"]
+    for part in fields(defaults):
+        section = getattr(defaults, part.name)
+        group = parser.add_argument_group(part.name, (type(section).__doc__ or "").strip())
+        for row in fields(section):
+            if row.metadata["script"] not in (None, script):
+                continue
+            kind, optional = _kind(type(section), row)
+            flags, meta = flags_of(part.name, row), row.metadata
+            text = meta["help"] + default_text(getattr(section, row.name))
+            settings = {
+                "dest": f"{part.name}.{row.name}",
+                "default": argparse.SUPPRESS,
+                "help": text.replace("%", "%%"),
+            }
+            if kind is bool:
+                group.add_argument(*flags, action=argparse.BooleanOptionalAction, **settings)
+            else:
+                metavar = meta["metavar"] or (
+                    "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else kind.__name__.upper()
+                )
+                convert = _from_flag(kind, optional, meta["choices"])
+                group.add_argument(
+                    *flags, type=convert, metavar=metavar, nargs="+" if kind is list else None, **settings
+                )
+            known += flags
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        parser.error(f"unknown argument {unknown[0]!r}{near(name, known)}")
+    given = vars(given)
+    try:
+        values = read_config(given["config"], defaults) if given.get("config") else {}
+        given.pop("config", None)
+        if (
+            given.get("cache.policy") == "full"
+        ):  # a flag that asks for the dense cache needs no budget that the file gave
+            for key in ("budget", "prefix", "local"):
+                values.get("cache", {}).pop(key, None)
+        for name, value in given.items():
+            section, key = name.split(".")
+            values.setdefault(section, {})[key] = value
+        for name, section in values.items():
+            for key, value in section.items():
+                setattr(getattr(defaults, name), key, value)
+        defaults.check()
+    except OptionError as error:
+        parser.error(str(error))
+    return defaults
+
+
+def default_text(value: Any) -> str:
+    """How the help tells a default that is not told in words."""
+    if value is None or value is False:
+        return ""
+    return f" [{'on' if value is True else value}]"
+
+
+def markdown(options: Options) -> str:
+    """Every key of every section, with its type, default and meaning."""
+    lines = []
+    for part in fields(options):
+        section = getattr(options, part.name)
+        lines += [
+            f"### {part.name}",
+            "",
+            (type(section).__doc__ or "").strip(),
+            "",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
+        for row in fields(section):
+            kind, _ = _kind(type(section), row)
+            allowed = ", ".join(row.metadata["choices"] or []) or _NAMES[kind]
+            value = getattr(section, row.name)
+            shown = "" if value is None else str(value).lower() if kind is bool else str(value)
+            lines.append(f"| `{row.name}` | {allowed} | {shown} | {row.metadata['help']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(Options()))
