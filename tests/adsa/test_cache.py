@@ -1,0 +1,219 @@
+"""What holds for every policy and every way to use it."""
+
+import itertools
+
+import pytest
+import torch
+
+from adsa import CacheConfig, KVCache, LayerCache
+from adsa.policies import POLICIES
+
+B, H, D, TOKENS = 3, 2, 8, 40
+BOUNDED = sorted(set(POLICIES) - {"full"})
+WAYS = list(itertools.product(BOUNDED, ["head", "layer"], ["evict", "select"], [1, 4]))
+
+
+def config(policy, granularity="head", mode="evict", renew_every=1, **kwargs):
+    split = {"budget": 16, "prefix": 3, "local": 5}
+    return CacheConfig(policy, granularity=granularity, mode=mode, renew_every=renew_every, **split | kwargs)
+
+
+def layer(cfg, tokens=TOKENS, condition=1, dtype=torch.float64, valid=None, batch=B) -> LayerCache:
+    return LayerCache(
+        cfg,
+        batch=batch,
+        n_kv_head=H,
+        head_dim=D,
+        condition_tokens=condition,
+        max_tokens=tokens,
+        dtype=dtype,
+        device="cpu",
+        valid=valid,
+    )
+
+
+def stream(tokens=TOKENS, heads=H, batch=B, condition=1, dtype=torch.float64, seed=0):
+    """q, k, v of the condition and of every image token; some values repeat, so that there are ties."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, h, condition + tokens, D, generator=generator).to(dtype) for h in (heads, H, H))
+    repeats = torch.randint(min(6, tokens), (tokens,), generator=generator)
+    v[:, :, condition:] = torch.where((repeats % 2 == 0)[:, None], v[:, :, condition + repeats], v[:, :, condition:])
+    q[:, :, :condition] = 0
+    k[:, :, :condition] = 0
+    return q, k, v
+
+
+def run(cache, q, k, v, condition=1, watch=lambda cache: None):
+    """Feed a stream; outputs of the image tokens, ``[B, Hq, tokens, D]``."""
+    cache.attend(q[:, :, :condition], k[:, :, :condition], v[:, :, :condition])
+    outputs = []
+    for t in range(condition, q.shape[2]):
+        outputs.append(cache.attend(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1]))
+        watch(cache)
+    return torch.cat(outputs, dim=2)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_rows_are_independent(way):
+    """A row's output is the same alone and in a batch."""
+    q, k, v = stream()
+    together = run(layer(config(*way)), q, k, v)
+    for row in range(B):
+        alone = run(layer(config(*way), batch=1), *(t[row : row + 1] for t in (q, k, v)))
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_enough_budget_is_dense(way):
+    q, k, v = stream()
+    dense = run(layer(CacheConfig("full")), q, k, v)
+    for budget in (TOKENS, TOKENS + 7):
+        torch.testing.assert_close(run(layer(config(*way, budget=budget)), q, k, v), dense, atol=0, rtol=0)
+    assert not torch.allclose(run(layer(config(*way)), q, k, v), dense)
+
+
+def test_dense_is_causal_attention():
+    q, k, v = stream(heads=2 * H)
+    out = run(layer(CacheConfig("full")), q, k, v)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, expected[:, :, 1:], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way[2] == "evict"], ids=str)
+def test_evicting_cache_holds_what_it_says(way):
+    """Prefix and local always present, positions distinct, slots hold the token of their position, no memory grows."""
+    q, k, v = stream()
+    cache = layer(config(*way))
+    start = {name: (t.data_ptr(), t.shape) for name, t in cache.tensors().items()}
+
+    def watch(cache):
+        now = {name: (t.data_ptr(), t.shape) for name, t in cache.tensors().items() if name != "order"}
+        assert now == start
+        positions = cache.positions
+        newest = cache.count - 1
+        assert positions.shape[-1] == min(16, cache.count)
+        required = {*range(min(3, newest + 1)), *range(max(0, newest - 4), newest + 1)}
+        for kept in positions.flatten(0, 1).tolist():
+            assert len(set(kept)) == len(kept) and required <= set(kept) and max(kept) == newest
+        index = positions.expand(B, H, -1).unsqueeze(-1).expand(-1, -1, -1, D)
+        assert torch.equal(cache.k, k[:, :, 1:].gather(2, index))
+        assert torch.equal(cache.v, v[:, :, 1:].gather(2, index))
+
+    run(cache, q, k, v, watch=watch)
+
+
+@pytest.mark.parametrize("granularity", ["head", "layer"])
+def test_select_can_bring_a_token_back(granularity):
+    """In selection a token left out may return; that is what tells it from eviction."""
+    q, k, v = stream(tokens=64)
+    cache, seen = layer(config("adsa", granularity, "select"), tokens=64), []
+    run(cache, q, k, v, watch=lambda c: seen.append(set() if c.count <= 16 else set(c._order[0, 0].tolist())))
+    returned = [t for t in range(18, 64) if (seen[t] - seen[t - 1]) & set(range(3, t - 5))]
+    assert returned
+
+
+def test_renewal_ranks_once_for_several_steps():
+    calls = []
+
+    class Counting(type(POLICIES["adsa"])):
+        def score(self, layer):
+            calls.append(layer.count)
+            return super().score(layer)
+
+    for mode, first in (("evict", 16), ("select", 17)):
+        calls.clear()
+        cache = layer(config("adsa", mode=mode, renew_every=6))
+        cache.policy = Counting()
+        run(cache, *stream())
+        assert calls == list(range(first, TOKENS + (mode == "select"), 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_half_precision_cache(policy, dtype):
+    """A half-precision cache under a float32 model: half the memory, nearly the same attention."""
+    q, k, v = stream(dtype=torch.float32)
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    full = layer(config(policy), dtype=torch.float32)
+    half = layer(config(policy, dtype=name), dtype=torch.float32)
+    out, expected = run(half, q, k, v), run(full, q, k, v)
+    assert out.dtype == torch.float32 and half.k.dtype == dtype
+    assert half.tensors()["k"].nbytes * 2 == full.tensors()["k"].nbytes
+    same = (half.positions.sort().values == full.positions.sort().values).all(-1).all(-1)
+    if policy != "adsa":  # positions do not depend on rounding
+        assert same.all()
+    torch.testing.assert_close(out[:, :, :16], expected[:, :, :16], atol=0.03, rtol=0)  # until the first choice
+
+
+@pytest.mark.parametrize("lengths", [(1, 5, 9), (9, 9, 9), (4, 2, 7)])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_fold_is_exact(policy, lengths):
+    """Text tokens with zero keys, as one slot: the same attention to 1e-10, for prompts of any length."""
+    condition = 9
+    q, k, v = stream(condition=condition)
+    valid = torch.arange(condition) >= condition - torch.tensor(lengths)[:, None]
+    outputs, slots = [], []
+    for fold in (True, False):
+        cfg = CacheConfig("full", fold_condition=fold) if policy == "full" else config(policy, fold_condition=fold)
+        cache = layer(cfg, condition=condition, valid=valid)
+        outputs.append(run(cache, q, k, v, condition=condition))
+        slots.append(cache.condition_slots)
+    assert slots == [1, 9]
+    torch.testing.assert_close(*outputs, atol=1e-10, rtol=0)
+    # and padding is really not seen
+    reference = v[0, :, condition - lengths[0] : condition + 1]
+    scores = torch.zeros(H, lengths[0] + 1, dtype=torch.float64)
+    scores[:, -1] = (q[0, :, condition] * k[0, :, condition]).sum(-1) / D**0.5
+    expected = (scores.softmax(-1).unsqueeze(-1) * reference).sum(1)
+    torch.testing.assert_close(outputs[1][0, :, 0], expected, atol=1e-10, rtol=0)
+
+
+def test_condition_attention_masks_padding():
+    condition, lengths = 6, (2, 6, 4)
+    q, k, v = stream(condition=condition)
+    q[:], k[:] = torch.randn(2, B, H, condition + TOKENS, D, dtype=torch.float64, generator=torch.manual_seed(1))
+    valid = torch.arange(condition) >= condition - torch.tensor(lengths)[:, None]
+    cache = layer(CacheConfig("full", fold_condition=False), condition=condition, valid=valid)
+    out = cache.attend(*(t[:, :, :condition] for t in (q, k, v)))
+    for row, n in enumerate(lengths):
+        part = [t[row : row + 1, :, condition - n : condition] for t in (q, k, v)]
+        alone = torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True)
+        torch.testing.assert_close(out[row : row + 1, :, -n:], alone, atol=1e-12, rtol=0)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_nbytes(policy, dtype):
+    """Bytes allocated are those of the formula, and nothing is allocated later that outgrows it."""
+    cfg = CacheConfig("full") if policy == "full" else config(policy)
+    shape = {"batch": B, "n_kv_head": H, "head_dim": D, "condition_tokens": 1, "max_tokens": TOKENS}
+    kv = KVCache(cfg, n_layer=4, dtype=dtype, device="cpu", **shape)
+    slots = TOKENS if policy == "full" else 16
+    keys_and_values = 2 * 4 * B * H * (1 + slots) * D * dtype.itemsize
+    positions = 0 if policy == "full" else 4 * B * H * slots * 8
+    sums = 4 * B * H * (D + slots) * 4 if POLICIES[policy].needs_similarity else 0
+    assert kv.slots == slots
+    assert kv.kv_nbytes() == keys_and_values
+    assert kv.nbytes() == keys_and_values + positions + sums
+    for cache in kv.layers:
+        run(cache, *stream(dtype=dtype))
+    assert kv.nbytes() == keys_and_values + positions + sums
+    kv.keep_rows(1)
+    assert kv.nbytes() * B == keys_and_values + positions + sums
+
+
+def test_too_many_tokens():
+    q, k, v = stream(tokens=5)
+    with pytest.raises(ValueError, match="made for 4 image tokens"):
+        run(layer(CacheConfig("full"), tokens=4), q, k, v)
+
+
+def test_no_condition():
+    """A cache for a model without condition tokens starts with the first image token."""
+    q, k, v = stream(tokens=4)
+    q, k, v = (t[:, :, 1:] for t in (q, k, v))
+    cache = layer(CacheConfig("full"), tokens=4, condition=0)
+    out = torch.cat([cache.attend(q[:, :, [t]], k[:, :, [t]], v[:, :, [t]]) for t in range(4)], dim=2)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)

@@ -1,0 +1,47 @@
+import pytest
+
+from adsa import CacheConfig
+from adsa.policies import POLICIES
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"policy": "asda", "budget": 8}, "did you mean 'adsa'"),
+        ({"policy": "adsa"}, "needs a budget"),
+        ({"policy": "full", "budget": 8}, "takes no budget"),
+        ({"budget": 0}, "at least 1, not 0"),
+        ({"budget": 16.0}, "whole number"),
+        ({"budget": 16, "prefix": -1}, "prefix must be at least 0, not -1"),
+        ({"budget": 16, "local": 0}, "local must be at least 1, not 0"),
+        ({"budget": 16, "prefix": 10, "local": 7}, "budget 16 is too small: prefix 10 and local 7 take 17"),
+        ({"budget": 16, "prefix": 6, "local": 6, "renew_every": 6}, "has only 5 tokens that may go"),
+        ({"budget": 16, "renew_every": 0}, "renew_every must be at least 1, not 0"),
+        ({"budget": 16, "granularity": "heads"}, "did you mean 'head'"),
+        ({"budget": 16, "mode": "drop"}, "one of evict, select"),
+        ({"budget": 16, "dtype": "int8"}, "dtype must be one of"),
+        ({"budget": 16, "fold_condition": 1}, "true or false"),
+        ({"bugdet": 16}, "unknown cache key 'bugdet' .did you mean 'budget'"),
+    ],
+)
+def test_impossible_values(values, message):
+    with pytest.raises(ValueError, match=message):
+        CacheConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"full"}))
+@pytest.mark.parametrize("budget", [1, 2, 3, 7, 256])
+def test_default_splits_are_possible(policy, budget):
+    prefix, local = CacheConfig(policy, budget).split
+    assert prefix >= 0 and local >= 1 and prefix + local <= budget
+
+
+def test_splits():
+    assert CacheConfig("adsa", 256).split == (32, 128)
+    assert CacheConfig("adsa", 256, prefix=200).split == (200, 56)
+    assert CacheConfig("adsa", 256, local=240).split == (16, 240)
+    assert CacheConfig("streaming", 256).split == (32, 224)
+    assert CacheConfig("window", 256).split == (0, 256)
+    assert CacheConfig("full").slots(576) == 576
+    assert CacheConfig("adsa", 256).slots(576) == 256
+    assert CacheConfig("adsa", 256).slots(100) == 100

@@ -1,0 +1,175 @@
+"""The decode loop: seeds, guidance, limits, half precision, compilation."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from adsa import CacheConfig
+from autoregressive.models.generate import generate, new_cache
+from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
+from autoregressive.models.sampling import draw, filter_top_p, uniform_noise
+from tests.golden import fill_weights
+
+TOKENS = 36
+CACHES = {
+    "dense": None,
+    "adsa": CacheConfig("adsa", 12, 3, 4),
+    "adsa-layer-select": CacheConfig("adsa", 12, 3, 4, "layer", "select", 2),
+    "streaming": CacheConfig("streaming", 12),
+    "window": CacheConfig("window", 12),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    args = ModelArgs(dim=64, n_layer=2, n_head=4, block_size=TOKENS, vocab_size=64, num_classes=10)
+    return fill_weights(Transformer(args), 7)
+
+
+@pytest.fixture(scope="module")
+def t2i():
+    shape = {"dim": 64, "n_layer": 2, "n_head": 4, "block_size": TOKENS, "vocab_size": 64}
+    return fill_weights(Transformer(ModelArgs(model_type="t2i", caption_dim=8, cls_token_num=7, **shape)), 8)
+
+
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_image_depends_on_its_seed_alone(model, cache, cfg_scale):
+    labels, seeds = torch.tensor([1, 5, 5, 9, 0]), torch.tensor([11, 12, 11, 2**62, 0])
+    options = {"cfg_scale": cfg_scale, "cache": cache, "top_k": 40, "top_p": 0.95, "temperature": 1.1}
+    together = generate(model, labels, TOKENS, seeds=seeds, **options)
+    assert together.dtype == torch.int64 and together.shape == (5, TOKENS)
+    for order in ([4, 2, 0], [1], [3, 1]):
+        assert torch.equal(generate(model, labels[order], TOKENS, seeds=seeds[order], **options), together[order])
+    assert not torch.equal(together[1], together[2])
+
+
+def test_unseeded_follows_the_global_generator(model):
+    labels = torch.tensor([1, 1])
+    torch.manual_seed(0)
+    first = generate(model, labels, TOKENS)
+    torch.manual_seed(0)
+    assert torch.equal(generate(model, labels, TOKENS), first)
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(generate(model, labels, TOKENS), first)
+
+
+def test_prefix_of_a_longer_decode(model):
+    labels, seeds = torch.tensor([1, 2]), torch.tensor([3, 4])
+    whole = generate(model, labels, TOKENS, seeds=seeds)
+    for n in (1, 2, 20):
+        assert torch.equal(generate(model, labels, n, seeds=seeds), whole[:, :n])
+
+
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+def test_interval_drops_the_unconditional_half(model, cache):
+    """Beyond cfg_interval the second half is not computed, and the tokens are those of computing and ignoring it."""
+    labels, seeds, rows = torch.tensor([1, 5]), torch.tensor([1, 2]), []
+    hook = model.layers[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    kv = new_cache(model, 2, TOKENS, cfg_scale=3.0, cache=cache)
+    tokens = generate(model, labels, TOKENS, cfg_scale=3.0, cfg_interval=5, seeds=seeds, kv=kv)
+    hook.remove()
+    assert rows == [4] * 7 + [2] * (TOKENS - 7)  # the condition, decode steps 0 to 5, the rest
+    assert kv.layers[0].k.shape[0] == 2
+    always = generate(model, labels, TOKENS, cfg_scale=3.0, seeds=seeds, cache=cache)
+    never = generate(model, labels, TOKENS, cfg_scale=1.0, seeds=seeds, cache=cache)
+    assert torch.equal(tokens[:, :7], always[:, :7])
+    assert not torch.equal(tokens, always) and not torch.equal(tokens, never)
+    beyond = generate(model, labels, TOKENS, cfg_scale=3.0, cfg_interval=TOKENS, seeds=seeds, cache=cache)
+    assert torch.equal(beyond, always)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 7.5])
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+def test_prompts_of_different_length_share_a_batch(t2i, cache, cfg_scale):
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.arange(7) >= torch.tensor([[2], [6], [0]])).float()
+    features = torch.randn(3, 7, 8, generator=generator) * mask[..., None]
+    seeds = torch.arange(3)
+    options = {"cfg_scale": cfg_scale, "cache": cache}
+    together = generate(t2i, features, TOKENS, mask, seeds=seeds, **options)
+    for i in range(3):
+        alone = generate(t2i, features[i : i + 1], TOKENS, mask[i : i + 1], seeds=seeds[i : i + 1], **options)
+        assert torch.equal(together[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+def test_half_precision_model(t2i, cache, dtype):
+    args = ModelArgs(**vars(t2i.config))
+    model = fill_weights(Transformer(args), 8).to(dtype)
+    mask = (torch.arange(7) >= torch.tensor([[2], [6]])).to(dtype)
+    features = torch.randn(2, 7, 8).to(dtype) * mask[..., None]
+    tokens = generate(model, features, TOKENS, mask, cfg_scale=2.0, cache=cache, seeds=torch.arange(2))
+    assert tokens.min() >= 0 and tokens.max() < 64 and len(tokens.unique()) > 8
+
+
+@pytest.mark.parametrize("cache", [None, CACHES["adsa"], CacheConfig("adsa", 12, 3, 4, renew_every=3)], ids=str)
+def test_compiled_equals_eager_without_recompiling_every_step(model, cache):
+    labels, seeds = torch.tensor([1, 5]), torch.tensor([1, 2])
+    eager = generate(model, labels, TOKENS, cfg_scale=2.0, cache=cache, seeds=seeds)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = fill_weights(Transformer(model.config), 7)
+    compiled.forward = torch.compile(compiled.forward, backend=counter)
+    assert torch.equal(generate(compiled, labels, TOKENS, cfg_scale=2.0, cache=cache, seeds=seeds), eager)
+    first = counter.frame_count
+    assert 2 <= first <= 8
+    assert torch.equal(generate(compiled, labels, TOKENS, cfg_scale=2.0, cache=cache, seeds=seeds), eager)
+    assert counter.frame_count <= first + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "1 to 36"),
+        ({"max_new_tokens": 37}, "1 to 36 .block_size., not 37"),
+        ({"seeds": torch.arange(3)}, "3 seeds for 2 images"),
+    ],
+)
+def test_bad_arguments(model, change, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, **({"cond": torch.tensor([1, 2]), "max_new_tokens": 4} | change))
+
+
+def test_training_mode_is_refused():
+    model = Transformer(ModelArgs(dim=64, n_layer=1, n_head=4, block_size=4, vocab_size=8, num_classes=3))
+    with pytest.raises(ValueError, match="eval"):
+        generate(model, torch.tensor([0]), 4)
+
+
+def test_guidance_needs_a_null_class():
+    args = ModelArgs(dim=64, n_layer=1, n_head=4, block_size=4, vocab_size=8, num_classes=3, class_dropout_prob=0.0)
+    model = Transformer(args).eval()
+    assert generate(model, torch.tensor([0]), 4).shape == (1, 4)
+    with pytest.raises(ValueError, match="no null class"):
+        generate(model, torch.tensor([0]), 4, cfg_scale=2.0)
+
+
+def test_draw_follows_the_distribution():
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    uniform = (torch.arange(4000) + 0.5) / 4000
+    counts = torch.bincount(draw(probs.expand(4000, -1), uniform), minlength=6)
+    assert counts.tolist() == [0, 1000, 0, 2000, 1000, 0]
+
+
+def test_draw_at_the_edges():
+    """Never a token of probability zero, at either end."""
+    probs = torch.tensor([[0.0, 0.3, 0.7, 0.0]])
+    assert draw(probs, torch.tensor([0.0])).item() == 1
+    assert draw(probs, torch.tensor([1 - 2**-24])).item() == 2
+    logits = torch.randn(64, 16384, generator=torch.Generator().manual_seed(0))
+    probs = filter_top_p(logits, 0.5).softmax(-1)
+    token = draw(probs, torch.full((64,), 1 - 2**-24))
+    assert (probs.gather(1, token[:, None]) > 0).all()
+
+
+def test_noise_is_one_stream_per_seed():
+    noise = uniform_noise(torch.tensor([4, 9, 4]), 100)
+    assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+    assert torch.equal(uniform_noise(torch.tensor([9]), 50)[0], noise[1, :50])
+    assert noise.min() >= 0 and noise.max() < 1
+
+
+def test_demo_size_is_in_the_registry():
+    assert "GPT-Demo" in GPT_models

@@ -1,0 +1,173 @@
+"""A slow, literal decoder to hold the project's caches to: NumPy, float64, one row, one head, one token at a time.
+
+Written from the definitions (reference formulas of the paper and of LlamaGen) without any of the code under test.
+Similarities are the quadratic matrix of Eq. 2; a cache is a Python list of (position, key, value).
+"""
+
+import numpy as np
+
+TIE = 1e-8  # scores closer than this count as equal
+
+
+def mean_similarity(vectors: list[np.ndarray]) -> np.ndarray:
+    """Eqs. 2 and 3, by the whole matrix."""
+    unit = np.array([v / np.linalg.norm(v) for v in vectors])
+    return (unit @ unit.T).mean(axis=1)
+
+
+def redundancy(policy: str, positions: list[int], values: list[np.ndarray]) -> np.ndarray:
+    """How willingly a policy lets go of each token, higher = sooner."""
+    if policy == "adsa":
+        return mean_similarity(values)
+    if policy in ("window", "streaming"):
+        return -np.array(positions, dtype=float)
+    raise ValueError(policy)
+
+
+def by_worth(scores: np.ndarray, positions: list[int], highest_first: bool) -> list[int]:
+    """Positions in order of their scores; those that tie in order of position."""
+    remaining = dict(zip(positions, scores, strict=True))
+    order = []
+    while remaining:
+        best = max(remaining.values()) if highest_first else min(remaining.values())
+        tied = [position for position, score in remaining.items() if abs(score - best) < TIE]
+        order.append(min(tied))
+        del remaining[order[-1]]
+    return order
+
+
+class Choice:
+    """The positions that one chooser (a head, or all heads of a layer) keeps, step by step.
+
+    Keeps the whole history of values; ``cached`` is what an evicting cache still holds.
+    """
+
+    def __init__(self, policy, budget, prefix, local, mode, renew_every):
+        self.policy, self.budget, self.prefix, self.local = policy, budget, prefix, local
+        self.mode, self.renew_every = mode, renew_every
+        self.values, self.cached, self.queue, self.chosen, self.rankings = [], [], [], [], 0
+
+    def step(self, value: np.ndarray) -> list[int]:
+        """A token's value comes in; which positions may its query see?"""
+        p = len(self.values)
+        self.values.append(value)
+        if self.policy == "full":
+            return list(range(p + 1))
+        if self.mode == "evict":
+            if len(self.cached) == self.budget:
+                if not self.queue:
+                    scores = redundancy(self.policy, self.cached, [self.values[j] for j in self.cached])
+                    previous = [j for j in self.cached if self.prefix <= j <= p - self.local]
+                    scores = np.array([scores[self.cached.index(j)] for j in previous])
+                    self.queue = by_worth(scores, previous, highest_first=True)[: self.renew_every]
+                self.cached.remove(self.queue.pop(0))
+            self.cached.append(p)
+            return list(self.cached)
+        if p + 1 <= self.budget:
+            return list(range(p + 1))
+        if self.rankings % self.renew_every == 0:
+            history = list(range(p + 1))
+            scores = redundancy(self.policy, history, self.values)
+            previous = [j for j in history if self.prefix <= j <= p - self.local]
+            order = by_worth(scores[previous], previous, highest_first=False)
+            self.chosen = order[: self.budget - self.prefix - self.local]
+        self.rankings += 1
+        return list(range(self.prefix)) + self.chosen + list(range(p - self.local + 1, p + 1))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+class Decoder:
+    """LlamaGen's transformer for one row.
+
+    Args:
+        state: name -> float64 array, LlamaGen's names.
+        n_head, n_kv_head, grid: shape of the attention, and tokens per row of the image.
+        choice: keyword arguments of :class:`Choice`.
+        granularity: "head" or "layer".
+    """
+
+    def __init__(self, state, n_head, n_kv_head, grid, choice, granularity):
+        self.w, self.n_head, self.n_kv, self.grid = state, n_head, n_kv_head, grid
+        self.dim = state["tok_embeddings.weight"].shape[1]
+        self.head_dim = self.dim // n_head
+        self.n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+        choosers = n_kv_head if granularity == "head" else 1
+        self.choices = [[Choice(**choice) for _ in range(choosers)] for _ in range(self.n_layer)]
+        self.condition = [[] for _ in range(self.n_layer)]  # values [H, D] of valid condition tokens
+        self.keys = [[] for _ in range(self.n_layer)]  # of image tokens, [H, D]
+        self.values = [[] for _ in range(self.n_layer)]
+
+    def norm(self, x, name):
+        return x / np.sqrt((x * x).mean() + 1e-5) * self.w[name]
+
+    def rotate(self, x, position):
+        """``[H, D]`` at an image position; row frequencies in the first half of the head, column's in the second."""
+        half = self.head_dim // 2
+        freq = (10000.0 ** -(np.arange(0, half, 2, dtype=np.float32) / half)).astype(np.float32)
+        row, column = divmod(position, self.grid)
+        angle = np.concatenate([row * freq, column * freq]).astype(np.float32)
+        cos, sin = np.cos(angle).astype(float), np.sin(angle).astype(float)
+        out = np.empty_like(x)
+        out[:, 0::2] = x[:, 0::2] * cos - x[:, 1::2] * sin
+        out[:, 1::2] = x[:, 1::2] * cos + x[:, 0::2] * sin
+        return out
+
+    def block(self, x, i, position):
+        """One token through one layer; ``position`` None for a condition token."""
+        name = f"layers.{i}."
+        qkv = self.w[name + "attention.wqkv.weight"] @ self.norm(x, name + "attention_norm.weight")
+        q = qkv[: self.dim].reshape(self.n_head, self.head_dim)
+        k, v = qkv[self.dim :].reshape(2, self.n_kv, self.head_dim)
+        if position is None:  # queries and keys are zero: attention is the mean over the condition so far
+            self.condition[i].append(v)
+            mean = np.mean(self.condition[i], axis=0)
+            out = np.repeat(mean, self.n_head // self.n_kv, axis=0)
+        else:
+            self.keys[i].append(self.rotate(k, position))
+            self.values[i].append(v)
+            choices = self.choices[i]
+            seen = [c.step(v[h] if len(choices) > 1 or self.n_kv == 1 else v.ravel()) for h, c in enumerate(choices)]
+            q, out = self.rotate(q, position), []
+            for head in range(self.n_head):
+                h = head // (self.n_head // self.n_kv)
+                visible = seen[h % len(seen)]
+                scores = [0.0] * len(self.condition[i]) + [
+                    q[head] @ self.keys[i][j][h] / np.sqrt(self.head_dim) for j in visible
+                ]
+                values = [c[h] for c in self.condition[i]] + [self.values[i][j][h] for j in visible]
+                out.append(softmax(np.array(scores)) @ np.array(values))
+        x = x + self.w[name + "attention.wo.weight"] @ np.concatenate(list(out))
+        h = self.norm(x, name + "ffn_norm.weight")
+        gate = self.w[name + "feed_forward.w1.weight"] @ h
+        hidden = gate / (1 + np.exp(-gate)) * (self.w[name + "feed_forward.w3.weight"] @ h)
+        return x + self.w[name + "feed_forward.w2.weight"] @ hidden
+
+    def step(self, x, position):
+        """One embedding in, logits for the token after it out."""
+        for i in range(self.n_layer):
+            x = self.block(x, i, position)
+        return self.w["output.weight"] @ self.norm(x, "norm.weight")
+
+
+def decode(state, label, steps, *, n_head, n_kv_head, grid, choice, granularity, cfg_scale=1.0, uniform=None):
+    """Tokens of one class-conditional image: greedy, or by the numbers of ``uniform`` through the inverse CDF."""
+    null = len(state["cls_embedding.embedding_table.weight"]) - 1
+    labels = [label, null] if cfg_scale > 1 else [label]
+    rows = [Decoder(state, n_head, n_kv_head, grid, choice, granularity) for _ in labels]
+    embeddings = [state["cls_embedding.embedding_table.weight"][c] for c in labels]
+    position, tokens = None, []
+    for step in range(steps):
+        logits = [row.step(x, position) for row, x in zip(rows, embeddings, strict=True)]
+        logits = logits[0] if len(rows) == 1 else logits[1] + (logits[0] - logits[1]) * cfg_scale
+        if uniform is None:
+            token = int(np.argmax(logits))
+        else:
+            token = int(np.searchsorted(np.cumsum(softmax(logits)), uniform[step], side="right"))
+        tokens.append(token)
+        embeddings = [state["tok_embeddings.weight"][token]] * len(rows)
+        position = step
+    return tokens
