@@ -295,7 +295,7 @@ def read_config(path: str | Path, options: Options, *, nested: bool = False) -> 
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise OptionError(
-            f"{path}: {error.strerror or error}; the project's own files are in {_shown(ROOT / 'configs')}"
+            f"{path}: {error.strerror or error}; the project's own files are in {shown(ROOT / 'configs')}"
         ) from error
     except UnicodeDecodeError as error:
         raise OptionError(f"{path}: not UTF-8 text; is it a YAML file?") from error
@@ -348,7 +348,7 @@ def _near_key(key: str, rows: dict, sections: dict | None = None) -> str:
     return f" (did you mean {elsewhere[match[0]]}?)" if match else f"; known: {', '.join(rows)}"
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """A path as short as it can be said from here."""
     shown = os.path.relpath(path)
     return str(path) if shown.startswith(os.path.join("..", "..", "..")) else shown

@@ -1,0 +1,249 @@
+"""The folder of a sampling run, which can be killed at any moment and started again.
+
+    run.json            the whole configuration, versions, timings, memory (`status` is "complete" at the end)
+    images/000000.png   one file per image, each appearing only once it is whole
+    labels.npy ...      what the caller records about the images
+    samples.npz         all images as one array `arr_0`, uint8 [N, H, W, 3], for evaluation
+
+Which images are missing is read off the folder itself; nothing else is remembered about progress.
+"""
+
+import fcntl
+import io
+import json
+import os
+import struct
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tokenizer.tokenizer_image.images import save_image_atomic
+
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+WRITERS = min(8, os.cpu_count() or 1)  # PNG coding runs outside Python's lock
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on; the message names the folder and the way out."""
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that gets its name only when it is whole."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.chmod(partial, 0o644)  # mkstemp makes private files
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns an OSError into a RunError that says what to do: no space, no permission, a file-size limit."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}. Make room or choose another folder (--sample-dir); "
+            f"the same command then goes on where it stopped"
+        ) from error
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An array as the bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+class RunFolder:
+    """One run of `total` square images of `image_size` pixels.
+
+    Every process may write images; the other methods are for the main process alone.
+    """
+
+    def __init__(self, path: str | Path, total: int, image_size: int):
+        self.path = Path(path)
+        self.images = self.path / "images"
+        self.npz = self.path / "samples.npz"
+        self.total = total
+        self.image_size = image_size
+        self.record: dict[str, Any] = {}
+        self._lock = -1
+
+    def image(self, index: int) -> Path:
+        """Where an image belongs."""
+        return self.images / f"{index:06d}.png"
+
+    def open(self, settings: Mapping[str, Any], details: Mapping[str, Any], files: Mapping[str, bytes]) -> list[int]:
+        """Start the run, or go on with it.
+
+        Args:
+            settings: {dotted name: JSON value} of all that the images depend on; an earlier run here must agree.
+            details: more to put into run.json, such as versions and devices.
+            files: {name: content} to lie beside the images, such as the labels.
+
+        Returns:
+            Indices of the images that are missing, ascending.
+
+        Raises:
+            RunError: the folder can't be written, belongs to another run, or another process is at work in it.
+        """
+        with explained(self.path):
+            self.images.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        earlier = self._earlier(settings)
+        with explained(self.path):
+            for folder in (self.path, self.images):  # what a killed process left half-written
+                for partial in folder.glob(".*.part"):
+                    partial.unlink()
+            for name, content in files.items():
+                with atomic_file(self.path / name) as file:
+                    file.write(content)
+            missing = self._missing()
+            if not missing and earlier.get("status") in ("sampled", "complete"):
+                self.record = earlier
+            else:
+                sessions = earlier.pop("earlier_sessions", [])
+                if earlier:
+                    done = self.total - len(missing) - earlier["images_before"]
+                    sessions.append(
+                        {"images": done, **{k: v for k, v in earlier.items() if k not in ("settings", "status")}}
+                    )
+                self.record = {
+                    "status": "sampling",
+                    "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "settings": dict(settings),
+                    **details,
+                    "images_before": self.total - len(missing),
+                    "earlier_sessions": sessions,
+                }
+                self._write_record()
+        return missing
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{self.path}: another process is at work in this folder; wait for it or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _earlier(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What run.json says of an earlier run, checked to be this one; empty if there was none."""
+        path = self.path / "run.json"
+        anew = f"to start anew, delete {self.path} or choose another folder (--sample-dir)"
+        try:
+            earlier = json.loads(path.read_text())
+            there = dict(earlier["settings"])
+        except FileNotFoundError:
+            if any(self.images.glob("*.png")):
+                raise RunError(
+                    f"{self.path}: holds images but no run.json, so not a run to go on with; {anew}"
+                ) from None
+            return {}
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise RunError(f"{path}: not readable as a run ({error!r}); {anew}") from error
+        here = json.loads(json.dumps(settings))
+        differ = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        if differ:
+            told = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differ)
+            raise RunError(f"{self.path}: holds a run with other settings: {told}. Give it the same to go on; {anew}")
+        return earlier
+
+    def _missing(self) -> list[int]:
+        with ThreadPoolExecutor(WRITERS) as pool:
+            whole = pool.map(self._is_whole, range(self.total), chunksize=256)
+            return [index for index, good in enumerate(whole) if not good]
+
+    def _is_whole(self, index: int) -> bool:
+        """Both ends of the PNG and its size are right. What lies between is, since files appear whole."""
+        try:
+            with open(self.image(index), "rb") as file:
+                start = file.read(24)
+                file.seek(-len(PNG_END), os.SEEK_END)
+                end = file.read()
+        except OSError:
+            return False
+        return (
+            start[:8] == PNG_START and struct.unpack(">II", start[16:24]) == (self.image_size,) * 2 and end == PNG_END
+        )
+
+    def write_images(self, indices: Iterable[int], images: np.ndarray) -> None:
+        """Write uint8 [B, H, W, 3] under their indices. Raises RunError if the folder won't take them."""
+        with explained(self.images), ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(save_image_atomic, map(self.image, indices), images))
+
+    def count(self) -> int:
+        """How many images there are, of all processes."""
+        return sum(entry.name.endswith(".png") and entry.name[0] != "." for entry in os.scandir(self.images))
+
+    def read_image(self, index: int) -> np.ndarray:
+        """uint8 [H, W, 3]. Raises RunError if the file is damaged."""
+        path = self.image(index)
+        try:
+            with Image.open(path) as image:
+                array = np.asarray(image)
+        except (OSError, SyntaxError) as error:
+            raise RunError(
+                f"{path}: damaged ({error}); delete it and run the same command to sample it again"
+            ) from error
+        expected = (self.image_size, self.image_size, 3)
+        if array.shape != expected or array.dtype != np.uint8:
+            raise RunError(f"{path}: {array.dtype} {array.shape}, expected uint8 {expected}; delete it and run again")
+        return array
+
+    def write_npz(self) -> None:
+        """Pour all PNGs into samples.npz, each read once and few in memory; the same images make the same bytes."""
+        shape = (self.total, self.image_size, self.image_size, 3)
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with (
+            explained(self.npz),
+            atomic_file(self.npz) as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+            archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry,  # dated 1980, always
+            ThreadPoolExecutor(WRITERS) as pool,
+            tqdm(total=self.total, desc="npz", unit=" images", leave=False, mininterval=bar_interval()) as bar,
+        ):
+            entry.write(header.getvalue())
+            for start in range(0, self.total, 256):
+                for image in pool.map(self.read_image, range(start, min(start + 256, self.total))):
+                    entry.write(image.tobytes())
+                    bar.update()
+
+    def note(self, **values: Any) -> None:
+        """Add to run.json."""
+        self.record |= values
+        with explained(self.path / "run.json"):
+            self._write_record()
+
+    def _write_record(self) -> None:
+        with atomic_file(self.path / "run.json") as file:
+            file.write((json.dumps(self.record, indent=2) + "\n").encode())
+
+    def close(self) -> None:
+        """Let others at the folder."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def bar_interval() -> float:
+    """Seconds between two drawings of a progress bar: often on a terminal, seldom in a log."""
+    return 0.5 if os.isatty(2) else 30.0

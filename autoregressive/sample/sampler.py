@@ -1,0 +1,262 @@
+"""From options to models, and from conditions and seeds to images: what all sampling scripts share."""
+
+import hashlib
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from adsa import CacheConfig, KVCache
+from autoregressive.models.checkpoint import load_model, read_state_dict
+from autoregressive.models.generate import generate, new_cache
+from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
+from autoregressive.sample.options import ROOT, ModelOptions, OptionError, Options, near, shown
+from tokenizer.tokenizer_image.images import to_uint8
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+
+PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Blueprint:
+    """What the options and the checkpoints' own metadata say about the two models, before any weight is read.
+
+    Attributes:
+        options: the :class:`ModelOptions` with every None filled in; precision by the kind of device.
+        gpt: the GPT on the meta device: its shape without its weights.
+        vq: likewise the tokenizer.
+        grid: image tokens along a side.
+
+    Raises:
+        OptionError: what is given does not fit together.
+        CheckpointError: a file is missing or damaged.
+    """
+
+    def __init__(self, options: ModelOptions, device: torch.device):
+        self.options = options
+        gpt_name, gpt_args = _metadata(options.gpt_ckpt, "model.gpt_ckpt")
+        vq_name, vq_args = _metadata(options.vq_ckpt, "model.vq_ckpt")
+
+        options.vq_model = _registered(options.vq_model or vq_name or "VQ-16", VQ_models, "model.vq_model")
+        if options.vq_model != vq_name:
+            vq_args = {}
+        given = {"codebook_size": options.codebook_size, "codebook_embed_dim": options.codebook_embed_dim}
+        self.vq = _on_meta(VQ_models[options.vq_model], vq_args | _not_none(given), options.vq_ckpt)
+        options.codebook_size = self.vq.config.codebook_size
+        options.codebook_embed_dim = self.vq.config.codebook_embed_dim
+        size = self.vq.config.downsample_size
+        if options.downsample_size not in (None, size):
+            raise OptionError(f"model.downsample_size is {options.downsample_size}, but {options.vq_model}'s is {size}")
+        options.downsample_size = size
+
+        options.gpt_model = _registered(options.gpt_model or gpt_name or "GPT-B", GPT_models, "model.gpt_model")
+        if options.gpt_model != gpt_name:
+            gpt_args = {}
+        told = {key: gpt_args.get(key) for key in ("num_classes", "cls_token_num", "model_type")}
+        if told["model_type"] not in (None, options.gpt_type):
+            raise OptionError(
+                f"{options.gpt_ckpt}: a {told['model_type']} model, and model.gpt_type is {options.gpt_type}"
+            )
+        if options.image_size is None:
+            options.image_size = math.isqrt(gpt_args["block_size"]) * size if "block_size" in gpt_args else 384
+        if options.image_size % size:
+            raise OptionError(
+                f"model.image_size {options.image_size} is not a multiple of {options.vq_model}'s {size} pixels"
+            )
+        self.grid = options.image_size // size
+        if options.num_classes is None:
+            options.num_classes = told["num_classes"] or 1000
+        if options.cls_token_num is None:
+            options.cls_token_num = told["cls_token_num"] or (1 if options.gpt_type == "c2i" else 120)
+        given = {
+            "model_type": options.gpt_type,
+            "vocab_size": options.codebook_size,
+            "block_size": self.grid**2,
+            "num_classes": options.num_classes,
+            "cls_token_num": options.cls_token_num,
+        }
+        # Metadata tells all fields; a registered size is only a name for some of them.
+        build = (lambda **args: Transformer(ModelArgs(**args))) if "dim" in gpt_args else GPT_models[options.gpt_model]
+        self.gpt = _on_meta(build, gpt_args | given, options.gpt_ckpt)
+        if options.precision is None:
+            options.precision = "bf16" if device.type == "cuda" else "none"
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of one image."""
+        return self.grid**2
+
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """Name, size and hash of both checkpoints, by their option."""
+        paths = {"model.gpt_ckpt": self.options.gpt_ckpt, "model.vq_ckpt": self.options.vq_ckpt}
+        return {key: fingerprint(path) for key, path in paths.items()}
+
+
+def _metadata(path: str | None, key: str) -> tuple[str | None, dict[str, Any]]:
+    """(registered name, ModelArgs fields) that a .safetensors file tells about its model; (None, {}) if it doesn't."""
+    if path is None:
+        raise OptionError(
+            f"{key} is not given. `--config {shown(ROOT / 'configs/demo.yaml')}` samples the models that ship with the "
+            f"project; the README tells where released weights go"
+        )
+    read_state_dict(path)  # maps the file: a missing or damaged one is told before anything else happens
+    if not path.endswith(".safetensors"):
+        return None, {}
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return metadata.get("model"), json.loads(metadata.get("args", "{}"))
+    except ValueError as error:
+        raise OptionError(f"{key}: {path}: its metadata `args` is not JSON: {error}") from error
+
+
+def _registered(name: str, table: Mapping[str, Any], key: str) -> str:
+    if name not in table:
+        raise OptionError(f"{key} {name!r} is not registered{near(name, list(table))}; known: {', '.join(table)}")
+    return name
+
+
+def _not_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _on_meta(build, args: dict[str, Any], path: str | None) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return build(**args).eval().requires_grad_(False)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{path}: its sizes make no model: {error}") from error
+
+
+def fingerprint(path: str) -> dict[str, Any]:
+    """Tells files apart quickly: name, bytes, and SHA-256 of the size and up to 64 blocks of 1 MiB, evenly spread."""
+    size, block, digest = Path(path).stat().st_size, 1 << 20, hashlib.sha256()
+    digest.update(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(min(64, -(-size // block))):
+            file.seek(i * block if size <= 64 * block else i * (size - block) // 63)
+            digest.update(file.read(block))
+    return {"file": Path(path).name, "bytes": size, "sha256_of_blocks": digest.hexdigest()}
+
+
+def image_seeds(seed: int, total: int) -> np.ndarray:
+    """One seed per image, int64 [total], from the run's seed and the image's index alone."""
+    sequences = (np.random.SeedSequence(seed, spawn_key=(index,)) for index in range(total))
+    return np.array([s.generate_state(1, np.uint64)[0] >> np.uint64(1) for s in sequences], dtype=np.int64)
+
+
+class Sampler:
+    """GPT and tokenizer on a device: conditions and seeds in, uint8 images out.
+
+    Args:
+        blueprint: which models.
+        options: `sampling` and `cache` are used.
+        device: where.
+
+    Attributes:
+        seconds: time spent, by phase ("gpt", "vq"); the device is waited for.
+        cache_report: slots and bytes of the largest cache so far.
+
+    Raises:
+        CheckpointError: the weights can't be read or don't fit.
+    """
+
+    def __init__(self, blueprint: Blueprint, options: Options, device: torch.device):
+        self.tokens_per_image, self.grid = blueprint.tokens, blueprint.grid
+        self.sampling, self.cache, self.device = options.sampling, options.cache_config(), device
+        torch.set_float32_matmul_precision("high")  # TF32, as LlamaGen samples
+        torch.backends.cudnn.deterministic = True
+        model = blueprint.options
+        self.gpt: Transformer = load_model(
+            blueprint.gpt, model.gpt_ckpt, device=device, dtype=PRECISIONS[model.precision]
+        )
+        self.vq: VQModel = load_model(blueprint.vq, model.vq_ckpt, device=device, dtype=torch.float32)
+        if model.compile:
+            self.gpt.forward = torch.compile(self.gpt.forward)
+        self.seconds = {"gpt": 0.0, "vq": 0.0}
+        self.cache_report: dict[str, int] = {}
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] += time.perf_counter() - start
+
+    def tokens(self, cond: Tensor, seeds: Tensor, masks: Tensor | None = None, count: int | None = None) -> Tensor:
+        """Sample image tokens: int64 [B, N] on the device.
+
+        Args:
+            cond: int [B] class ids, or text features [B, T, caption_dim].
+            seeds: int64 [B].
+            masks: [B, T], 1 where a text token is no padding.
+            count: stop after this many tokens; None: a whole image.
+        """
+        options, count = self.sampling, count or self.tokens_per_image
+        with self._timed("gpt"):
+            kv = new_cache(self.gpt, len(cond), count, masks, options.cfg_scale, self.cache)
+            if len(cond) > self.cache_report.get("images_per_batch", 0):
+                self.cache_report = describe(kv, len(cond))
+            return generate(
+                self.gpt,
+                cond.to(self.device),
+                count,
+                emb_masks=None if masks is None else masks.to(self.device),
+                cfg_scale=options.cfg_scale,
+                cfg_interval=options.cfg_interval,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                seeds=seeds,
+                kv=kv,
+            )
+
+    @torch.no_grad()
+    def images(self, tokens: Tensor, size: int) -> np.ndarray:
+        """Decode tokens [B, N] to uint8 [B, size, size, 3]; resized as LlamaGen does (bicubic, no antialias).
+
+        A few images go at a time: the tokenizer's activations are larger than the models.
+        """
+        parts = []
+        with self._timed("vq"):
+            for part in tokens.split(8 if self.device.type == "cuda" else 1):
+                shape = (len(part), self.vq.config.codebook_embed_dim, self.grid, self.grid)
+                decoded = self.vq.decode_code(part, shape)
+                if decoded.shape[-1] != size:
+                    decoded = F.interpolate(decoded, size=(size, size), mode="bicubic")
+                parts.append(to_uint8(decoded))
+        return np.concatenate(parts)
+
+
+def describe(kv: KVCache, images: int) -> dict[str, int]:
+    """Slots and bytes of a cache, for reports."""
+    return {
+        "slots": kv.slots,
+        "condition_slots": kv.condition_slots,
+        "images_per_batch": images,
+        "kv_bytes": kv.kv_nbytes(),
+        "bytes": kv.nbytes(),
+    }
+
+
+def cache_title(cache: CacheConfig, tokens: int) -> str:
+    """How captions and tables call a cache: 'dense' or 'ADSA-256 of 576'."""
+    return "dense" if cache.policy == "full" else f"{cache.policy.upper()}-{cache.slots(tokens)} of {tokens}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: on CUDA those of torch's allocator, elsewhere those of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
