@@ -164,6 +164,7 @@ class Sampler:
         device: where.
 
     Attributes:
+        cache: the :class:`CacheConfig` in use; may be changed between calls.
         seconds: time spent, by phase ("gpt", "vq"); the device is waited for.
         cache_report: slots and bytes of the largest cache so far.
 
@@ -183,6 +184,10 @@ class Sampler:
         self.vq: VQModel = load_model(blueprint.vq, model.vq_ckpt, device=device, dtype=torch.float32)
         if model.compile:
             self.gpt.forward = torch.compile(self.gpt.forward)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was measured so far."""
         self.seconds = {"gpt": 0.0, "vq": 0.0}
         self.cache_report: dict[str, int] = {}
 
