@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Sample class-conditional images.
+#
+#     bash scripts/sample_c2i.sh                     the demo: 16 images, dense and with 256 of 576 slots, in one grid
+#     CONFIG=configs/X.yaml bash scripts/sample_c2i.sh [flags]      a run folder of images
+#     NPROC=8 CONFIG=... bash scripts/sample_c2i.sh [flags]         the same by 8 processes, one for each GPU
+#     bash scripts/sample_c2i.sh --help
+#
+# Flags are those of autoregressive/sample/sample_c2i_ddp.py. NPROC without flags and CONFIG samples by configs/demo.yaml.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/scripts/setup_env.sh"
+setup_env
+
+if [ $# -eq 0 ] && [ -z "${CONFIG:-}${NPROC:-}" ]; then
+    exec "$PYTHON" "$root/autoregressive/sample/sample_c2i.py" --config "$root/configs/demo.yaml"
+fi
+
+if [ $# -eq 0 ] && [ -z "${CONFIG:-}" ]; then
+    CONFIG=$root/configs/demo.yaml
+fi
+if [ -n "${CONFIG:-}" ]; then
+    # Named from the project's folder or from here.
+    if [ ! -e "$CONFIG" ] && [ -e "$root/$CONFIG" ]; then CONFIG=$root/$CONFIG; fi
+    set -- --config "$CONFIG" "$@"
+fi
+job=("$root/autoregressive/sample/sample_c2i_ddp.py" "$@")
+if [ "${NPROC:-1}" = 1 ]; then
+    exec "$PYTHON" "${job[@]}"
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # or torchrun warns; on a CPU the job shares out the cores itself
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "${job[@]}"

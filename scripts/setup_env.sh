@@ -1,0 +1,65 @@
+# Find or make the Python that the other scripts run: source this, then call `setup_env [more requirements files]`.
+#
+# It sets PYTHON. If the active Python (or $PYTHON) has the requirements it is used as it is; otherwise .venv in the project's
+# folder is, which is made from requirements.txt when there is none, or when the requirements have changed. Also preloads
+# jemalloc, where it is installed: PyTorch on a CPU is faster with it.
+
+_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+_make_venv() {
+    local venv=$_root/.venv stamp
+    stamp=$venv/.installed-$(cat "${_requirements[@]}" | cksum | cut -d ' ' -f 1)
+    PYTHON=$venv/bin/python
+    if [ -e "$stamp" ] && [ -x "$PYTHON" ]; then
+        return
+    fi
+    if ! "$_active" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        echo "error: '$_active' is no Python 3.10 or newer; name one by PYTHON=/path/to/python3" >&2
+        return 1
+    fi
+    mkdir -p "$venv" || return 1
+    exec 9>"$venv/.lock"
+    if command -v flock >/dev/null; then flock 9; fi # one at a time; the second finds everything there
+    [ -x "$PYTHON" ] || "$_active" -m venv "$venv" || {
+        echo "error: could not make $venv; on Debian and Ubuntu: apt install python3-venv" >&2
+        return 1
+    }
+    if ! "$PYTHON" "$_root/scripts/check_requirements.py" "${_requirements[@]}" >/dev/null 2>&1; then
+        echo "installing the requirements into $venv, this once (about 3 GB with CUDA)" >&2
+        local file arguments=()
+        for file in "${_requirements[@]}"; do arguments+=(-r "$file"); done
+        # PyTorch without CUDA is a tenth of the size, and all that a machine without an NVIDIA GPU can use.
+        if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null &&
+            curl -fsIm 5 https://download.pytorch.org/whl/cpu/ >/dev/null 2>&1; then
+            arguments+=(--extra-index-url https://download.pytorch.org/whl/cpu)
+        fi
+        "$PYTHON" -m pip install --quiet "${arguments[@]}" || {
+            echo "error: pip could not install the requirements, see above. If it could not reach the package index, check" \
+                "the network (a proxy: HTTPS_PROXY; a mirror: PIP_INDEX_URL) and run this again: it goes on from here" >&2
+            return 1
+        }
+    fi
+    touch "$stamp"
+    exec 9>&-
+}
+
+_preload_jemalloc() {
+    local library
+    [ "$(uname)" = Linux ] && [ -z "${LD_PRELOAD:-}" ] || return 0
+    library=$(PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null | awk '/libjemalloc\.so\.2 / { print $NF; exit }')
+    if [ -n "$library" ] && [ -z "$(LD_PRELOAD=$library env true 2>&1)" ]; then
+        export LD_PRELOAD=$library
+        export MALLOC_CONF=${MALLOC_CONF:-dirty_decay_ms:-1,muzzy_decay_ms:-1}
+    fi
+}
+
+setup_env() {
+    _requirements=("$_root/requirements.txt" "$@")
+    _active=${PYTHON:-python3}
+    if "$_active" "$_root/scripts/check_requirements.py" "${_requirements[@]}" >/dev/null 2>&1; then
+        PYTHON=$_active
+    else
+        _make_venv || exit 1
+    fi
+    _preload_jemalloc
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Lint, formatting and all tests: `bash scripts/test.sh [flags of pytest]`.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/scripts/setup_env.sh"
+setup_env "$root/requirements-dev.txt"
+
+cd "$root"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m pytest -q "$@"
