@@ -82,14 +82,17 @@ class LayerCache:
         # Added to attention scores: what padding and folding need. None where every score counts as it is.
         self._bias = None
         if self.folds or valid is not None:
-            self._bias = torch.zeros(batch, 1, 1, size, dtype=dtype, device=device)
+            # ln(n) in half precision would be off by a percent. Only the CPU's kernels take a wider bias than their q.
+            wide = torch.promote_types(dtype, torch.float32) if torch.device(device).type == "cpu" else dtype
+            self._bias = torch.zeros(batch, 1, 1, size, dtype=wide, device=device)
         self._has_condition = condition_tokens == 0
 
         self._positions = self._order = self.similarity = None
         if self.evicts or self.selects:
             joint = config.granularity == "layer"
             groups = 1 if joint else n_kv_head
-            self._positions = torch.arange(self.capacity, device=device).expand(batch, groups, -1).contiguous()
+            positions = torch.arange(self.capacity, dtype=torch.int32, device=device)
+            self._positions = positions.expand(batch, groups, -1).contiguous()
             if self.policy.needs_similarity:
                 self.similarity = RunningSimilarity(
                     batch, n_kv_head, self.capacity, head_dim, joint=joint, dtype=dtype, device=device
@@ -113,7 +116,7 @@ class LayerCache:
 
     @property
     def positions(self) -> Tensor:
-        """Positions of the cached image tokens, int64 ``[B, G, N]``; G = H by head, 1 by layer."""
+        """Positions of the cached image tokens, int32 ``[B, G, N]``; G = H by head, 1 by layer."""
         return self._positions[:, :, : self.filled]
 
     # The two things a cache does: take tokens in, and attend.

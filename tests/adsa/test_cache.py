@@ -18,7 +18,7 @@ def config(policy, granularity="head", mode="evict", renew_every=1, **kwargs):
     return CacheConfig(policy, granularity=granularity, mode=mode, renew_every=renew_every, **split | kwargs)
 
 
-def layer(cfg, tokens=TOKENS, condition=1, dtype=torch.float64, valid=None, batch=B) -> LayerCache:
+def layer(cfg, tokens=TOKENS, condition=1, dtype=torch.float64, valid=None, batch=B, device="cpu") -> LayerCache:
     return LayerCache(
         cfg,
         batch=batch,
@@ -27,7 +27,7 @@ def layer(cfg, tokens=TOKENS, condition=1, dtype=torch.float64, valid=None, batc
         condition_tokens=condition,
         max_tokens=tokens,
         dtype=dtype,
-        device="cpu",
+        device=device,
         valid=valid,
     )
 
@@ -72,6 +72,16 @@ def test_enough_budget_is_dense(way):
     assert not torch.allclose(run(layer(config(*way)), q, k, v), dense)
 
 
+@pytest.mark.parametrize("way", [("full",), *WAYS], ids=str)
+def test_never_waits_for_the_device(way):
+    """The host reads no tensor: on the meta device, where tensors have no values, any such read is an error."""
+    cfg = CacheConfig("full") if way == ("full",) else config(*way)
+    q, k, v = (t.to("meta") for t in stream(condition=3))
+    valid = torch.ones(B, 3, dtype=torch.bool, device="meta")
+    cache = layer(cfg, condition=3, valid=valid, device="meta")
+    assert run(cache, q, k, v, condition=3).shape == (B, H, TOKENS, D)
+
+
 def test_dense_is_causal_attention():
     q, k, v = stream(heads=2 * H)
     out = run(layer(CacheConfig("full")), q, k, v)
@@ -95,7 +105,7 @@ def test_evicting_cache_holds_what_it_says(way):
         required = {*range(min(3, newest + 1)), *range(max(0, newest - 4), newest + 1)}
         for kept in positions.flatten(0, 1).tolist():
             assert len(set(kept)) == len(kept) and required <= set(kept) and max(kept) == newest
-        index = positions.expand(B, H, -1).unsqueeze(-1).expand(-1, -1, -1, D)
+        index = positions.long().expand(B, H, -1).unsqueeze(-1).expand(-1, -1, -1, D)
         assert torch.equal(cache.k, k[:, :, 1:].gather(2, index))
         assert torch.equal(cache.v, v[:, :, 1:].gather(2, index))
 
@@ -191,7 +201,7 @@ def test_nbytes(policy, dtype):
     kv = KVCache(cfg, n_layer=4, dtype=dtype, device="cpu", **shape)
     slots = TOKENS if policy == "full" else 16
     keys_and_values = 2 * 4 * B * H * (1 + slots) * D * dtype.itemsize
-    positions = 0 if policy == "full" else 4 * B * H * slots * 8
+    positions = 0 if policy == "full" else 4 * B * H * slots * 4
     sums = 4 * B * H * (D + slots) * 4 if POLICIES[policy].needs_similarity else 0
     assert kv.slots == slots
     assert kv.kv_nbytes() == keys_and_values
@@ -217,3 +227,14 @@ def test_no_condition():
     out = torch.cat([cache.attend(q[:, :, [t]], k[:, :, [t]], v[:, :, [t]]) for t in range(4)], dim=2)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+
+
+def test_fold_in_half_precision():
+    """ln(n) does not suffer from the cache's precision: 120 tokens weigh 120, to the rounding of the values."""
+    condition = 120
+    q, k, v = stream(tokens=3, condition=condition, dtype=torch.bfloat16)
+    outputs = []
+    for fold in (True, False):
+        cfg = CacheConfig("full", fold_condition=fold)
+        outputs.append(run(layer(cfg, 3, condition, torch.bfloat16), q, k, v, condition=condition))
+    torch.testing.assert_close(*outputs, atol=4e-3, rtol=0)

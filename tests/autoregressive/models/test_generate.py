@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from adsa import CacheConfig
+from autoregressive.models import sampling
 from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
 from autoregressive.models.sampling import draw, filter_top_p, uniform_noise
@@ -62,7 +63,7 @@ def test_prefix_of_a_longer_decode(model):
 
 
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
-def test_interval_drops_the_unconditional_half(model, cache):
+def test_interval_drops_the_unconditional_half(model, cache, monkeypatch):
     """Beyond cfg_interval the second half is not computed, and the tokens are those of computing and ignoring it."""
     labels, seeds, rows = torch.tensor([1, 5]), torch.tensor([1, 2]), []
     hook = model.layers[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
@@ -72,8 +73,17 @@ def test_interval_drops_the_unconditional_half(model, cache):
     assert rows == [4] * 7 + [2] * (TOKENS - 7)  # the condition, decode steps 0 to 5, the rest
     assert kv.layers[0].k.shape[0] == 2
     always = generate(model, labels, TOKENS, cfg_scale=3.0, seeds=seeds, cache=cache)
+    calls = []
+
+    def guide_at_first(logits, scale):
+        calls.append(scale)
+        return sampling.guide(logits, scale) if len(calls) <= 7 else logits.chunk(2)[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("autoregressive.models.generate.guide", guide_at_first)
+        ignored = generate(model, labels, TOKENS, cfg_scale=3.0, seeds=seeds, cache=cache)
+    assert len(calls) == TOKENS and torch.equal(tokens, ignored)
     never = generate(model, labels, TOKENS, cfg_scale=1.0, seeds=seeds, cache=cache)
-    assert torch.equal(tokens[:, :7], always[:, :7])
     assert not torch.equal(tokens, always) and not torch.equal(tokens, never)
     beyond = generate(model, labels, TOKENS, cfg_scale=3.0, cfg_interval=TOKENS, seeds=seeds, cache=cache)
     assert torch.equal(beyond, always)
