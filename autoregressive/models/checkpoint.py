@@ -367,12 +367,13 @@ def _name(facts: Mapping[str, object]) -> str | None:
 def _describe(facts: Mapping[str, object]) -> str:
     if facts["kind"] is None:
         return f"{len(facts['keys'])} tensors ({_some(facts['keys'])}), neither a GPT's nor a VQ tokenizer's"
-    name = _name(facts) or f"{facts['kind']} of no registered size"
+    name = _name(facts)
     if facts["kind"] == "VQ":
         size = f"{facts['levels']} levels from {facts['channels']} channels"
-        return f"VQ tokenizer {name}: {size}, {facts['codes']} codes of dimension {facts['code_dim']}"
+        codes = f"{facts['codes']} codes of dimension {facts['code_dim']}"
+        return f"VQ tokenizer {name or 'of no registered size'}: {size}, {codes}"
     size = f"{facts['layers']} layers, dim {facts['dim']}, {facts['vocab']} codes"
-    text = f"{facts.get('type', 'unconditional')} {name}: {size}"
+    text = f"{facts.get('type', 'unconditional')} {name or 'GPT of no registered size'}: {size}"
     if facts.get("type") == "c2i":
         text += f", {facts['classes']} classes and the null class"
     elif facts.get("type") == "t2i":
