@@ -1,4 +1,4 @@
-"""The image tokenizer: a convolutional encoder and decoder around an l2-normalised codebook (VQ-GAN, LlamaGen's layout).
+"""The image tokenizer: a convolutional encoder and decoder around an l2-normalised codebook (LlamaGen's VQ-GAN).
 
 Parameter names and shapes are those of LlamaGen's released `vq_ds16_c2i.pt` and `vq_ds8_c2i.pt`, which load strictly.
 `VQ_models` names the registered sizes; "VQ-8-Demo" is the small one that ships with the project.
@@ -298,7 +298,7 @@ class VQModel(nn.Module):
         return self.quant_conv(self.encoder(x))
 
     def encode(self, x: Tensor) -> tuple[Tensor, tuple, tuple]:
-        """x [B, 3, H, W] -> (quant [B, C, h, w], losses, (None, None, indices [B*h*w])); see VectorQuantizer.forward."""
+        """x [B, 3, H, W] -> (quant [B, C, h, w], losses, (None, None, indices)); see VectorQuantizer.forward."""
         return self.quantize(self.encode_features(x))
 
     def decode(self, quant: Tensor) -> Tensor:

@@ -1,0 +1,214 @@
+"""Turn a folder of images (one folder per class, as ImageNet) into tokenizer codes for train_c2i.py.
+
+    python autoregressive/train/extract_codes_c2i.py --data-path imagenet/train --code-path codes/train384 \\
+        --vq-ckpt pretrained_models/vq_ds16_c2i.pt --image-size 384 --ten-crop
+    torchrun --nproc_per_node 8 autoregressive/train/extract_codes_c2i.py ...      # the same on eight GPUs
+
+Writes codes.npy (uint16 or int32 [images, variants, tokens], raster order), labels.npy (int32 [images]; -1: unreadable
+and skipped) and, once all is done, meta.json. An interrupted job goes on where it was.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from autoregressive.models.checkpoint import CheckpointError, load_model
+from tokenizer.tokenizer_image.images import (
+    ImageError,
+    center_crop,
+    image_to_tensor,
+    list_image_folder,
+    load_rgb,
+)
+from tokenizer.tokenizer_image.vq_model import VQ_models
+
+
+class ExtractError(RuntimeError):
+    """Flags that do not fit each other or an interrupted job's files; the message says what to change."""
+
+
+def variants(image: Image.Image, args: argparse.Namespace, index: int) -> list[Image.Image]:
+    """The views of one image that get codes; the plain centre crop is always the first.
+
+    With --ten-crop: centre and corners of a crop --crop-range larger. With --jitter N: N more, slightly shrunk and
+    shifted on white. With --flip: the mirror image of each, after them.
+    """
+    views = [center_crop(image, args.image_size)]
+    size = args.image_size
+    if args.ten_crop:
+        large = center_crop(image, round(size * args.crop_range))
+        far = large.width - size
+        corners = [(far // 2, far // 2), (0, 0), (far, 0), (0, far), (far, far)]
+        views = [large.crop((x, y, x + size, y + size)) for x, y in corners]
+    rng = np.random.default_rng((args.global_seed, index))
+    for _ in range(args.jitter):
+        small = round(size * rng.uniform(0.9, 1.0))
+        canvas = Image.new("RGB", (size, size), (255, 255, 255))
+        corner = tuple(int(c) for c in rng.integers(0, size - small + 1, 2))
+        canvas.paste(views[0].resize((small, small), Image.Resampling.BICUBIC), corner)
+        views.append(canvas)
+    return views + [ImageOps.mirror(view) for view in views] if args.flip else views
+
+
+class VariantDataset(Dataset):
+    """(index, images [V, 3, S, S] in [-1, 1]); the images are None for a file that can't be decoded."""
+
+    def __init__(self, files: list[Path], indices: np.ndarray, args: argparse.Namespace):
+        self.files, self.indices, self.args = files, indices, args
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor | None, str]:
+        index = int(self.indices[position])
+        try:
+            image = load_rgb(self.files[index])
+        except ImageError as error:
+            return index, None, str(error)
+        return index, torch.stack([image_to_tensor(view) for view in variants(image, self.args, index)]), ""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data-path", type=Path, required=True, help="images, one folder per class")
+    add("--code-path", type=Path, required=True, help="folder to write")
+    add("--vq-model", choices=list(VQ_models), default="VQ-16")
+    add("--vq-ckpt", type=Path, required=True)
+    add("--codebook-size", type=int, help="default: the model's own")
+    add("--codebook-embed-dim", type=int, default=8)
+    add("--classes", nargs="+", metavar="GLOB", help="only class folders that match; they are numbered in sorted order")
+    add("--image-size", type=int, default=256)
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the mirror image of every variant")
+    add("--ten-crop", action="store_true", help="centre and corner crops instead of the centre crop")
+    add("--crop-range", type=float, default=1.1, help="size of the image that --ten-crop cuts from, in image sizes")
+    add("--jitter", type=int, default=0, help="further variants, slightly shrunk and shifted on white")
+    add(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out images that can't be decoded, and list them in meta.json",
+    )
+    add("--batch-size", type=int, default=32, help="images per process, each with its variants")
+    add("--global-seed", type=int, default=0)
+    add("--num-workers", type=int, default=24)
+    return parser.parse_args(argv)
+
+
+def select_classes(root: Path, patterns: list[str] | None) -> tuple[list[Path], np.ndarray, list[str]]:
+    """Files, labels and class names of an image folder, of the classes that match any pattern."""
+    files, labels, classes = list_image_folder(root)
+    if not patterns:
+        return files, np.array(labels, np.int32), classes
+    kept = [i for i, name in enumerate(classes) if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    number = {old: new for new, old in enumerate(kept)}
+    pairs = [(file, number[label]) for file, label in zip(files, labels, strict=True) if label in number]
+    if not pairs:
+        raise ExtractError(f"--classes {' '.join(patterns)}: no images in matching folders of {root}")
+    return [file for file, _ in pairs], np.array([label for _, label in pairs], np.int32), [classes[i] for i in kept]
+
+
+def open_codes(path: Path, shape: tuple[int, ...], codebook_size: int, create: bool) -> np.memmap:
+    """The array on disk; places not yet filled hold the dtype's largest value."""
+    dtype = np.uint16 if codebook_size < 2**16 - 1 else np.int32
+    if create and not path.exists():
+        partial = path.with_name(path.name + ".part")
+        array = np.lib.format.open_memmap(partial, "w+", dtype, shape)
+        array[:] = np.iinfo(dtype).max
+        array.flush()
+        os.replace(partial, path)
+    array = np.load(path, mmap_mode="r+")
+    if array.shape != shape or array.dtype != dtype:
+        raise ExtractError(
+            f"{path} holds {array.dtype} {array.shape}, this job makes {np.dtype(dtype)} {shape}: it is of another "
+            "job; delete its folder or choose another --code-path"
+        )
+    return array
+
+
+@torch.no_grad()
+def extract(args: argparse.Namespace) -> None:
+    """Fill the code folder; see the module's docstring."""
+    accelerator = Accelerator()
+    rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    if (args.code_path / "meta.json").exists():
+        accelerator.print(f"{args.code_path} is complete (it has meta.json): nothing to do")
+        return
+    sizes = {"codebook_size": args.codebook_size} if args.codebook_size else {}
+    model = VQ_models[args.vq_model](codebook_embed_dim=args.codebook_embed_dim, **sizes)
+    load_model(model, args.vq_ckpt).eval().to(accelerator.device)
+    downsample = model.config.downsample_size
+    if args.image_size % downsample:
+        raise ExtractError(f"--image-size {args.image_size} is not a multiple of {args.vq_model}'s {downsample} pixels")
+
+    files, labels, classes = select_classes(args.data_path, args.classes)
+    views = ((5 if args.ten_crop else 1) + args.jitter) * (2 if args.flip else 1)
+    shape = (len(files), views, (args.image_size // downsample) ** 2)
+    args.code_path.mkdir(parents=True, exist_ok=True)
+    if main_process:
+        open_codes(args.code_path / "codes.npy", shape, model.config.codebook_size, create=True)
+    accelerator.wait_for_everyone()
+    codes = open_codes(args.code_path / "codes.npy", shape, model.config.codebook_size, create=False)
+    pending = np.flatnonzero(codes[:, -1, -1] == np.iinfo(codes.dtype).max)[rank::world]
+
+    loader = DataLoader(
+        VariantDataset(files, pending, args), args.batch_size, num_workers=args.num_workers, collate_fn=list
+    )
+    for batch in tqdm(loader, disable=not main_process, desc="extract codes", unit="batch"):
+        for _, images, error in batch:
+            if images is None and not args.skip_unreadable:
+                raise ExtractError(f"{error}, or pass --skip-unreadable")
+        batch = [(index, images) for index, images, _ in batch if images is not None]
+        if batch:
+            x = torch.cat([images for _, images in batch]).to(accelerator.device)
+            found = model.encode(x)[2][2].view(len(batch), views, -1).cpu().numpy()
+            for (index, _), code in zip(batch, found, strict=True):
+                codes[index] = code
+    codes.flush()
+    accelerator.wait_for_everyone()
+    if not main_process:
+        return
+    unreadable = np.flatnonzero(codes[:, -1, -1] == np.iinfo(codes.dtype).max).tolist()
+    labels[unreadable] = -1
+    np.save(args.code_path / "labels.npy", labels)
+    meta = {
+        "vq_model": args.vq_model,
+        "codebook_size": model.config.codebook_size,
+        "codebook_embed_dim": model.config.codebook_embed_dim,
+        "codes_used": int(np.unique(codes[labels >= 0]).size),
+        "image_size": args.image_size,
+        "downsample_size": downsample,
+        "images": int((labels >= 0).sum()),
+        "variants": views,
+        "tokens": shape[2],
+        "classes": classes,
+        "unreadable": [str(files[i].relative_to(args.data_path)) for i in unreadable],
+    }
+    partial = args.code_path / "meta.json.part"
+    partial.write_text(json.dumps(meta, indent=1) + "\n")
+    os.replace(partial, args.code_path / "meta.json")
+    size = f"{meta['images']} images x {views} variants x {shape[2]} tokens"
+    print(f"{args.code_path}: {size}, {meta['codes_used']} codes in use")
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        extract(parse_args(argv))
+    except (ExtractError, ImageError, CheckpointError) as error:
+        sys.exit(f"extract_codes_c2i: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""What every trainer shares: flags, step-addressed data order, schedules, EMA, checkpoints, logs and clean stops.
+
+Exact resume rests on one rule: everything random in step s is a function of (seed, s, rank). The data order and the
+augmentations are addressed by position, and torch's generators are seeded anew at each step, so that a run which was
+killed and started again makes the same steps as an unbroken one.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or go on; the message says what to change."""
+
+
+def add_training_flags(parser: argparse.ArgumentParser, **defaults) -> None:
+    """Add the flags that all trainers share; `defaults` overrides their defaults by destination name."""
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--results-dir", type=Path, default=Path("results"), help="run folder; started again with it, the run goes on")
+    add("--epochs", type=int, default=300, help="passes over the data, unless --max-steps is given")
+    add("--max-steps", type=int, help="optimizer steps in all")
+    add("--global-batch-size", type=int, default=256, help="images per step over all processes")
+    add("--gradient-accumulation-steps", type=int, default=1, help="parts each process splits its share of a step into")
+    add("--global-seed", type=int, default=0)
+    add("--num-workers", type=int, default=24, help="data loader processes per training process")
+    add("--lr", type=float, default=1e-4)
+    add("--lr-schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up")
+    add("--lr-min", type=float, default=0.0, help="where the cosine ends")
+    add("--warmup-steps", type=int, default=0, help="linear, from 0")
+    add("--weight-decay", type=float, default=5e-2, help="on parameters of two or more dimensions")
+    add("--beta1", type=float, default=0.9)
+    add("--beta2", type=float, default=0.95)
+    add("--max-grad-norm", type=float, default=1.0, help="0: no clipping")
+    add("--ema", action=argparse.BooleanOptionalAction, default=False, help="keep an average of the weights as well")
+    add("--ema-decay", type=float, default=0.9999)
+    add("--mixed-precision", choices=("none", "fp16", "bf16"), default="bf16")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the model")
+    add("--no-local-save", action="store_true", help="write logs but no checkpoints")
+    add("--log-every", type=int, default=100, help="steps")
+    add("--eval-every", type=int, default=5000, help="steps between validations")
+    add("--ckpt-every", type=int, default=5000, help="steps")
+    add("--keep-checkpoints", type=int, default=2, help="older ones are deleted; 0: keep all")
+    parser.set_defaults(**defaults)
+
+
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Devices, ranks and precision. Raises TrainingError if the batch does not divide evenly."""
+    accelerator = Accelerator(mixed_precision={"none": "no"}.get(args.mixed_precision, args.mixed_precision))
+    parts = accelerator.num_processes * args.gradient_accumulation_steps
+    if args.global_batch_size % parts:
+        raise TrainingError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of {accelerator.num_processes} processes "
+            f"x {args.gradient_accumulation_steps} accumulation steps"
+        )
+    return accelerator
+
+
+def total_steps(args: argparse.Namespace, images: int) -> int:
+    """Steps of the whole run: --max-steps, or --epochs passes over `images`."""
+    return args.max_steps or math.ceil(args.epochs * images / args.global_batch_size)
+
+
+class StepSampler(Sampler):
+    """Endless batches of (epoch, index) for one process, starting at any step.
+
+    Position p of the stream is image permutation[epoch][p mod images] of epoch p // images, so the stream does not
+    depend on the number of processes, nor on where a run was interrupted.
+    """
+
+    def __init__(self, images: int, global_batch: int, seed: int, start_step: int, rank: int = 0, world: int = 1):
+        self.images, self.global_batch, self.seed = images, global_batch, seed
+        self.start_step, self.rank, self.world = start_step, rank, world
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        local, epoch, order = self.global_batch // self.world, -1, None
+        step = self.start_step
+        while True:
+            first = step * self.global_batch + self.rank * local
+            batch = []
+            for position in range(first, first + local):
+                if position // self.images != epoch:
+                    epoch = position // self.images
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+                batch.append((epoch, int(order[position % self.images])))
+            yield batch
+            step += 1
+
+
+def step_loader(dataset: Dataset, args: argparse.Namespace, start_step: int, accelerator: Accelerator) -> Iterator:
+    """Batches for this process from step `start_step` on; the dataset is indexed by (epoch, index)."""
+    sampler = StepSampler(
+        len(dataset),
+        args.global_batch_size,
+        args.global_seed,
+        start_step,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    pin = accelerator.device.type == "cuda"
+    return iter(DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers, pin_memory=pin))
+
+
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed torch's generators for one step of one process."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def learning_rate(step: int, args: argparse.Namespace, steps: int) -> float:
+    """The rate of step `step` (from 0) of `steps`: linear warm-up, then constant or half a cosine down to --lr-min."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    if args.lr_schedule == "constant":
+        return args.lr
+    progress = min(1.0, (step - args.warmup_steps) / max(1, steps - args.warmup_steps))
+    return args.lr_min + (args.lr - args.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace, weight_decay: float | None = None):
+    """AdamW over the trainable parameters, decaying those of two or more dimensions only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decay = args.weight_decay if weight_decay is None else weight_decay
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """One rate for all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class Ema:
+    """A running average of a model's parameters, in float32; buffers are copied.
+
+    The decay warms up as (1 + t) / (10 + t), so that short runs don't average in the initial weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the model's weights as they are now."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        state = model.state_dict()
+        names = [name for name in self.weights if name in self.trainable]
+        torch._foreach_lerp_([self.weights[n] for n in names], [state[n] for n in names], 1 - decay)
+        for name in self.weights.keys() - self.trainable:
+            self.weights[name].copy_(state[name])
+
+    def load(self, weights: dict[str, Tensor], updates: int) -> None:
+        """Go on from a checkpoint's average."""
+        self.updates = updates
+        for name, tensor in self.weights.items():
+            tensor.copy_(weights[name])
+
+
+class swapped_weights:
+    """Within this context `model` has the given weights; afterwards its own again."""
+
+    def __init__(self, model: nn.Module, weights: dict[str, Tensor] | None):
+        self.model, self.weights = model, weights
+
+    def __enter__(self) -> nn.Module:
+        if self.weights is not None:
+            self.saved = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+            self.model.load_state_dict(self.weights)
+        return self.model
+
+    def __exit__(self, *exception) -> None:
+        if self.weights is not None:
+            self.model.load_state_dict(self.saved)
+
+
+def save_checkpoint(folder: Path, steps: int, state: dict, keep: int) -> Path:
+    """Write folder/{steps:07d}.pt atomically and delete all but the `keep` newest (0: none)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{steps:07d}.pt"
+    partial = path.with_suffix(".part")
+    torch.save({**state, "steps": steps}, partial)
+    os.replace(partial, path)
+    if keep:
+        for old in sorted(folder.glob("[0-9]*.pt"))[:-keep]:
+            old.unlink()
+    return path
+
+
+def load_latest_checkpoint(folder: Path) -> dict | None:
+    """The newest checkpoint of a run folder, on the CPU, or None for a new run."""
+    paths = sorted(folder.glob("[0-9]*.pt"))
+    if not paths:
+        return None
+    try:
+        return torch.load(paths[-1], map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise TrainingError(
+            f"{paths[-1]}: not a readable checkpoint ({error}); delete it to go on from the one before"
+        ) from error
+
+
+def plain_args(args: argparse.Namespace) -> dict:
+    """The flags as JSON-able values, for logs and checkpoints."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+class JsonLog:
+    """Appends one JSON object per line to a file and echoes it to stdout, on the main process only.
+
+    A resumed run first drops the lines of steps that it is about to make again.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, start_step: int):
+        self.active = accelerator.is_main_process
+        self.path = path
+        if not self.active:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if _logged_step(line) <= start_step]
+            path.write_text("".join(f"{line}\n" for line in lines))
+
+    def write(self, **fields) -> None:
+        """Log numbers, strings or lists; tensors of one element become floats."""
+        if self.active:
+            fields = {k: v.item() if isinstance(v, Tensor) else v for k, v in fields.items()}
+            line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in fields.items()})
+            with open(self.path, "a") as file:
+                file.write(line + "\n")
+            print(line, flush=True)
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return json.loads(line).get("step", 0)
+    except json.JSONDecodeError:  # the line a kill cut short
+        return math.inf
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into `stop.requested`, so that a run ends with a checkpoint after the step it is in."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def _request(self, number, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Meter:
+    """Means of scalars over the steps since the last reading, and the images/s, with no device sync in between."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new interval."""
+        self.sums, self.count, self.images, self.start = {}, 0, 0, time.perf_counter()
+
+    def add(self, images: int, **values: Tensor) -> None:
+        """Count one step of `images` images."""
+        self.count, self.images = self.count + 1, self.images + images
+        for name, value in values.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def read(self) -> dict[str, float]:
+        """The means and the rate; starts a new interval."""
+        means = {name: float(total) / self.count for name, total in self.sums.items()}
+        rate = {"images_per_s": self.images / (time.perf_counter() - self.start)}
+        self.reset()
+        return means | rate

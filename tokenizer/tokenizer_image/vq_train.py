@@ -1,0 +1,315 @@
+"""Train an image tokenizer on a folder of images (one folder per class, as ImageNet; the classes are not used).
+
+    python tokenizer/tokenizer_image/vq_train.py --data-path imagenet/train --val-path imagenet/val \\
+        --lpips-weights lpips_vgg.pth --results-dir results/vq16
+    torchrun --nproc_per_node 8 tokenizer/tokenizer_image/vq_train.py ...      # the same on eight GPUs
+
+A run folder holds log.jsonl, checkpoints/, and samples/ (validation images above their reconstructions). Started again
+with the same folder, a run goes on from its last checkpoint and makes the very steps an unbroken run would have made.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from autoregressive.models.checkpoint import CheckpointError, load_model
+from autoregressive.train.training import (
+    Ema,
+    JsonLog,
+    Meter,
+    StopSignal,
+    TrainingError,
+    add_training_flags,
+    build_accelerator,
+    build_optimizer,
+    learning_rate,
+    load_latest_checkpoint,
+    plain_args,
+    save_checkpoint,
+    seed_step,
+    set_learning_rate,
+    step_loader,
+    swapped_weights,
+    total_steps,
+)
+from tokenizer.tokenizer_image.images import (
+    ImageError,
+    from_uint8,
+    list_image_folder,
+    load_rgb,
+)
+from tokenizer.tokenizer_image.reconstruction import load_images, reconstruct, save_pictures
+from tokenizer.tokenizer_image.vq_loss import (
+    LPIPS,
+    LossError,
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    reconstruction_loss,
+)
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+
+
+class CropDataset(Dataset):
+    """Random square crops, flipped half of the time; an item is a function of (seed, epoch, index) alone.
+
+    The short side is first resized to size x u, u uniform in `resize_range`, but never enlarged beyond the file's own
+    (unless that is smaller than the crop).
+    """
+
+    def __init__(self, files: list[Path], size: int, resize_range: tuple[float, float], seed: int, cache: bool):
+        self.files, self.size, self.resize_range, self.seed = files, size, resize_range, seed
+        self.cached = [np.asarray(load_rgb(path)) for path in files] if cache else None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        """Image [3, size, size] in [-1, 1]."""
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        image = Image.fromarray(self.cached[index]) if self.cached else load_rgb(self.files[index])
+        short = min(image.size)
+        target = max(self.size, min(short, round(self.size * rng.uniform(*self.resize_range))))
+        if target != short:
+            scale = target / short
+            shape = (max(self.size, round(image.width * scale)), max(self.size, round(image.height * scale)))
+            filter_ = Image.Resampling.BOX if scale <= 0.5 else Image.Resampling.BICUBIC
+            image = image.resize(shape, filter_)
+        left = rng.integers(image.width - self.size + 1)
+        top = rng.integers(image.height - self.size + 1)
+        array = np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+        return from_uint8(array[:, ::-1] if rng.random() < 0.5 else array)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data-path", type=Path, required=True, help="training images, one folder per class")
+    add("--val-path", type=Path, help="held-out images for PSNR and the pictures in samples/")
+    add("--val-images", type=int, default=256, help="how many of them, spread evenly")
+    add("--vq-model", choices=list(VQ_models), default="VQ-16")
+    add("--vq-ckpt", type=Path, help="start from these weights (--finetune in LlamaGen)")
+    add("--codebook-size", type=int, help="default: the model's own")
+    add("--codebook-embed-dim", type=int, default=8)
+    add("--codebook-l2-norm", action=argparse.BooleanOptionalAction, default=True)
+    add("--commit-loss-beta", type=float, default=0.25)
+    add("--entropy-loss-ratio", type=float, default=0.0)
+    add("--codebook-restart-every", type=int, default=0, help="steps between restarts of unused entries; 0: never")
+    add("--codebook-restart-until", type=int, default=0, help="the last step at which entries are restarted")
+    add("--dropout-p", type=float, default=0.0)
+    add("--freeze-encoder", action="store_true", help="train the decoder alone; existing codes stay valid")
+    add("--image-size", type=int, default=256, help="side of the training crops")
+    add("--val-image-size", type=int, help="side of the validation images; default: --image-size")
+    add("--resize-range", type=float, nargs=2, default=(1.0, 1.25), help="short side before cropping, in crop sides")
+    add("--cache-images", action="store_true", help="decode all training images into memory first")
+    add("--reconstruction-weight", type=float, default=1.0)
+    add("--reconstruction-loss", choices=("l1", "l2", "l1l2"), default="l2")
+    add("--codebook-weight", type=float, default=1.0, help="of the codebook's losses together")
+    add("--perceptual-weight", type=float, default=1.0)
+    add("--lpips-weights", type=Path, help='state dict of lpips.LPIPS(net="vgg"); needed unless --perceptual-weight 0')
+    add("--disc-weight", type=float, default=0.5, help="0: no GAN")
+    add("--disc-start", type=int, default=20000, help="the step at which the GAN starts")
+    add("--disc-dim", type=int, default=64, help="channels of its first layer")
+    add("--disc-loss", choices=("hinge", "vanilla"), default="hinge")
+    add("--gen-loss", choices=("hinge", "non-saturating"), default="hinge")
+    add("--disc-adaptive-weight", action="store_true")
+    add_training_flags(
+        parser, epochs=40, global_batch_size=128, num_workers=16, beta2=0.95, weight_decay=5e-2, ema_decay=0.9999
+    )
+    return parser.parse_args(argv)
+
+
+def build_model(args: argparse.Namespace) -> VQModel:
+    """The tokenizer that the flags describe, with weights from --vq-ckpt if given."""
+    sizes = {"codebook_size": args.codebook_size} if args.codebook_size else {}
+    model = VQ_models[args.vq_model](
+        codebook_embed_dim=args.codebook_embed_dim,
+        codebook_l2_norm=args.codebook_l2_norm,
+        commit_loss_beta=args.commit_loss_beta,
+        entropy_loss_ratio=args.entropy_loss_ratio,
+        dropout_p=args.dropout_p,
+        **sizes,
+    )
+    if args.vq_ckpt:
+        load_model(model, args.vq_ckpt)
+    if args.freeze_encoder:
+        for part in (model.encoder, model.quant_conv, model.quantize):
+            part.requires_grad_(False)
+    return model
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run until the last step, or until SIGTERM / SIGINT, which saves a checkpoint first."""
+    if args.perceptual_weight and not args.lpips_weights:
+        raise TrainingError("--perceptual-weight needs --lpips-weights FILE; without it pass --perceptual-weight 0")
+    if args.gradient_accumulation_steps != 1:
+        raise TrainingError("--gradient-accumulation-steps is not supported by this trainer; use more processes")
+    accelerator = build_accelerator(args)
+    device, rank = accelerator.device, accelerator.process_index
+    torch.manual_seed(args.global_seed)
+    model = build_model(args).to(device)
+    optimizer = build_optimizer(model, args)
+    gan = args.disc_weight > 0
+    discriminator = PatchDiscriminator(args.disc_dim).to(device) if gan else None
+    disc_optimizer = build_optimizer(discriminator, args) if gan else None
+    lpips = LPIPS(args.lpips_weights).to(device) if args.perceptual_weight else None
+    ema = Ema(model, args.ema_decay) if args.ema else None
+
+    files, _, _ = list_image_folder(args.data_path)
+    steps = total_steps(args, len(files))
+    step = 0
+    checkpoint = load_latest_checkpoint(args.results_dir / "checkpoints")
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if gan and "discriminator" in checkpoint:
+            discriminator.load_state_dict(checkpoint["discriminator"])
+            disc_optimizer.load_state_dict(checkpoint["optimizer_disc"])
+        if ema:
+            ema.load(checkpoint["ema"], checkpoint["ema_updates"])
+        step = checkpoint["steps"]
+        del checkpoint
+
+    log = JsonLog(args.results_dir / "log.jsonl", accelerator, step)
+    log.write(step=step, start=True, steps=steps, images=len(files), args=plain_args(args))
+    dataset = CropDataset(files, args.image_size, tuple(args.resize_range), args.global_seed, args.cache_images)
+    validation = []
+    if args.val_path and accelerator.is_main_process:
+        validation = load_images(args.val_path, args.val_image_size or args.image_size, args.val_images)
+    loader = step_loader(dataset, args, step, accelerator)
+
+    # channels_last: the convolution kernels of every device prefer it
+    model = model.to(memory_format=torch.channels_last)
+    raw = model
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if gan:
+        discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
+    forward = torch.compile(model) if args.compile else model
+    raw.train()
+    if args.freeze_encoder:
+        raw.quantize.eval()  # no codebook losses, and the usage window stays as it is
+
+    def save() -> None:
+        if args.no_local_save or not accelerator.is_main_process:
+            return
+        state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "args": plain_args(args)}
+        if gan:
+            state |= {
+                "discriminator": accelerator.unwrap_model(discriminator).state_dict(),
+                "optimizer_disc": disc_optimizer.state_dict(),
+            }
+        if ema:
+            state |= {"ema": ema.weights, "ema_updates": ema.updates}
+        save_checkpoint(args.results_dir / "checkpoints", step, state, args.keep_checkpoints)
+
+    def evaluate() -> None:
+        if not validation:
+            return
+        with swapped_weights(raw, ema.weights if ema else None):
+            metrics, reconstructions = reconstruct(raw, validation, device)
+        if args.freeze_encoder:
+            raw.quantize.eval()
+        log.write(step=step, **metrics)
+        save_pictures(args.results_dir / "samples" / f"{step:07d}.png", validation, reconstructions)
+
+    restart_every = args.codebook_restart_every
+    stop, meter = StopSignal(), Meter()
+    saved = step
+    while step < steps and not stop.requested:
+        seed_step(args.global_seed, step, rank)
+        x = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last)
+        rate = learning_rate(step, args, steps)
+        set_learning_rate(optimizer, rate)
+        if restart_every and step <= args.codebook_restart_until and step % restart_every == 0:
+            restart_codes(raw, x, accelerator, optimizer)
+
+        reconstruction, (vq, commit, entropy, usage) = forward(x)
+        rec = args.reconstruction_weight * reconstruction_loss(args.reconstruction_loss, x, reconstruction)
+        values = {"rec": rec}
+        loss = rec
+        if lpips:
+            values["perceptual"] = perceptual = lpips(x, reconstruction)
+            loss = loss + args.perceptual_weight * perceptual
+        gan_now = gan and step >= args.disc_start
+        if gan_now:
+            discriminator.requires_grad_(False)
+            adversarial = generator_loss(args.gen_loss, discriminator(reconstruction))
+            weight = args.disc_weight
+            if args.disc_adaptive_weight:
+                weight = weight * adaptive_weight(loss, adversarial, raw.decoder.last_layer)
+            values["gen"] = adversarial
+            loss = loss + weight * adversarial
+        if vq is not None:
+            loss = loss + args.codebook_weight * (vq + commit + entropy)
+            values |= {"vq": vq, "commit": commit, "usage": usage}
+        values["loss"] = loss
+        accelerator.backward(loss)
+        if args.max_grad_norm:
+            values["grad_norm"] = accelerator.clip_grad_norm_(raw.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.update(raw)
+
+        if gan_now:
+            set_learning_rate(disc_optimizer, rate)
+            discriminator.requires_grad_(True)
+            logits = discriminator(torch.cat([x, reconstruction.detach()]))
+            values["disc"] = disc = discriminator_loss(args.disc_loss, *logits.chunk(2))
+            accelerator.backward(disc)
+            if args.max_grad_norm:
+                accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm)
+            disc_optimizer.step()
+            disc_optimizer.zero_grad(set_to_none=True)
+
+        step += 1
+        meter.add(args.global_batch_size, **values)
+        if step % args.log_every == 0 or step == steps:
+            log.write(step=step, lr=rate, **meter.read())
+        if step % args.eval_every == 0 or step == steps:
+            evaluate()
+            meter.reset()
+        if step % args.ckpt_every == 0 or step == steps:
+            save()
+            saved = step
+    if saved != step:
+        save()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def restart_codes(model: VQModel, x: Tensor, accelerator, optimizer) -> None:
+    """Restart the codebook's unused entries from the main process's batch, and hand the result to all."""
+    weight = model.quantize.embedding.weight
+    before = weight.detach().clone()
+    model.quantize.restart_dead_codes(model.encode_features(x))
+    if accelerator.num_processes > 1:
+        weight.copy_(broadcast(weight.detach().clone(), from_process=0))
+    moved = (weight != before).any(1)
+    for name in ("exp_avg", "exp_avg_sq"):  # the momentum of a dead entry would drag its successor away
+        state = optimizer.state.get(weight, {})
+        if name in state:
+            state[name][moved] = 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        train(parse_args(argv))
+    except (TrainingError, ImageError, LossError, CheckpointError) as error:
+        sys.exit(f"vq_train: {error}")
+
+
+if __name__ == "__main__":
+    main()
