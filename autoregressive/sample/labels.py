@@ -57,7 +57,8 @@ class Classes:
                     raise OptionError(f"{key}: class {label} is not among the model's 0 to {self.count - 1}")
                 found.append(int(label))
                 continue
-            matches = [i for i, name in enumerate(self.names) if name.lower() == label.lower()]
+            matches = [i for i, name in enumerate(self.names) if name == label]
+            matches = matches or [i for i, name in enumerate(self.names) if name.lower() == label.lower()]
             if len(matches) != 1:
                 what = f"stands for the classes {matches}: give the number" if matches else "is no class"
                 raise OptionError(f"{key}: {label!r} {what}{'' if matches else near(label, self.names)}")

@@ -467,7 +467,7 @@ def markdown(options: Options) -> str:
             shown = "" if value is None else str(value).lower() if kind is bool else str(value)
             lines.append(f"| `{row.name}` | {allowed} | {shown} | {row.metadata['help']} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines[:-1])
 
 
 if __name__ == "__main__":

@@ -103,37 +103,44 @@ class RunFolder:
         Raises:
             RunError: the folder can't be written, belongs to another run, or another process is at work in it.
         """
-        with explained(self.path):
-            self.images.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-        earlier = self._earlier(settings)
-        with explained(self.path):
-            for folder in (self.path, self.images):  # what a killed process left half-written
-                for partial in folder.glob(".*.part"):
-                    partial.unlink()
-            for name, content in files.items():
-                with atomic_file(self.path / name) as file:
-                    file.write(content)
-            missing = self._missing()
-            if not missing and earlier.get("status") in ("sampled", "complete"):
-                self.record = earlier
-            else:
-                sessions = earlier.pop("earlier_sessions", [])
-                if earlier:
-                    done = self.total - len(missing) - earlier["images_before"]
-                    sessions.append(
-                        {"images": done, **{k: v for k, v in earlier.items() if k not in ("settings", "status")}}
-                    )
-                self.record = {
-                    "status": "sampling",
-                    "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    "settings": dict(settings),
-                    **details,
-                    "images_before": self.total - len(missing),
-                    "earlier_sessions": sessions,
-                }
-                self._write_record()
+        try:
+            with explained(self.path):
+                self.images.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+            earlier = self._earlier(settings)
+            with explained(self.path):
+                for folder in (self.path, self.images):  # what a killed process left half-written
+                    for partial in folder.glob(".*.part"):
+                        partial.unlink()
+                for name, content in files.items():
+                    with atomic_file(self.path / name) as file:
+                        file.write(content)
+                missing = self._missing()
+                if not missing and earlier.get("status") in ("sampled", "complete"):
+                    self.record = earlier
+                else:
+                    self.record = {
+                        "status": "sampling",
+                        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                        "settings": dict(settings),
+                        **details,
+                        "images_before": self.total - len(missing),
+                        "earlier_sessions": self._sessions(earlier, self.total - len(missing)),
+                    }
+                    self._write_record()
+        except BaseException:
+            self.close()
+            raise
         return missing
+
+    @staticmethod
+    def _sessions(earlier: dict[str, Any], done: int) -> list[dict[str, Any]]:
+        """The starts of the job before this one. A killed one couldn't tell its images; they are counted now."""
+        if not earlier:
+            return []
+        last = {key: value for key, value in earlier.items() if key not in ("settings", "status", "earlier_sessions")}
+        last.setdefault("images", max(0, done - earlier["images_before"]))
+        return [*earlier["earlier_sessions"], last]
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.path, os.O_RDONLY)

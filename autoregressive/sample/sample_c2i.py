@@ -35,9 +35,10 @@ examples:
         --vq-ckpt pretrained_models/vq_ds16_c2i.pt --image-size 384"""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these arguments; None: the process's own."""
     defaults = Options(sampling=SamplingOptions(cfg_scale=4.0, top_k=2000))  # LlamaGen's for this script
-    options = parse_options(defaults, None, script="grid", description=DESCRIPTION, examples=EXAMPLES)
+    options = parse_options(defaults, argv, script="grid", description=DESCRIPTION, examples=EXAMPLES)
     output = Path(options.run.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(output.parent, os.W_OK):

@@ -1,6 +1,7 @@
 """Sample many class-conditional images with any number of processes, for FID and the like. See --help."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,8 +34,9 @@ examples:
         --image-size 384 --image-size-eval 256 --cfg-scale 1.75 --cache-policy adsa --cache-budget 256"""
 
 
-def main() -> None:
-    options = parse_options(Options(), None, script="job", description=DESCRIPTION, examples=EXAMPLES)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these arguments; None: the process's own."""
+    options = parse_options(Options(), argv, script="job", description=DESCRIPTION, examples=EXAMPLES)
     state = start_processes(options.run.cpu)
     blueprint = Blueprint(options.model, state.device)
     run = options.run

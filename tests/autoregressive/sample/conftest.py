@@ -1,0 +1,74 @@
+"""Tiny random models as checkpoint files, and what the command-line tests share."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoregressive.models.checkpoint import save_safetensors
+from autoregressive.models.gpt import ModelArgs, Transformer
+from tokenizer.tokenizer_image.vq_model import VQ_models
+
+ROOT = Path(__file__).resolve().parents[3]
+CLASSES = [f"thing {letter}" for letter in "abcdefghij"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with gpt.safetensors (10 classes, 6 x 6 tokens, 64 codes), vq.safetensors and classes.json."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    gpt = Transformer(
+        ModelArgs(dim=16, n_layer=2, n_head=2, multiple_of=16, num_classes=10, vocab_size=64, block_size=36)
+    )
+    torch.nn.init.normal_(gpt.output.weight)  # zero by default, which would make all images alike
+    metadata = {"model": "GPT-Demo", "args": json.dumps(asdict(gpt.config))}
+    save_safetensors(folder / "gpt.safetensors", gpt.state_dict(), metadata)
+    vq = VQ_models["VQ-8-Demo"](
+        codebook_size=64, ch=8, z_channels=16, encoder_ch_mult=[1, 2], decoder_ch_mult=[1, 2], num_res_blocks=1
+    )
+    metadata = {"model": "VQ-8-Demo", "args": json.dumps(asdict(vq.config))}
+    save_safetensors(folder / "vq.safetensors", vq.state_dict(), metadata)
+    (folder / "classes.json").write_text(json.dumps({"classes": CLASSES}))
+    return folder
+
+
+@pytest.fixture
+def models(tiny) -> list[str]:
+    """The flags that name the tiny models."""
+    return ["--gpt-ckpt", str(tiny / "gpt.safetensors"), "--vq-ckpt", str(tiny / "vq.safetensors"), "--cpu"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes that the tests start, so that both round alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def start(script: str, *arguments: str, processes: int = 1, limit: str = "") -> subprocess.Popen:
+    """Start a script of autoregressive/sample in a folder that is not the project's.
+
+    Args:
+        limit: shell command to run before, such as `ulimit -f 8`.
+    """
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(ROOT / "autoregressive" / "sample" / script), *arguments]
+    return subprocess.Popen(
+        ["bash", "-c", f'{limit or ":"}; exec "$@"', "bash", *command],
+        cwd="/",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )

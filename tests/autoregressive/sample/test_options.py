@@ -1,0 +1,139 @@
+"""Flags and YAML files: one table, strict types, suggestions, precedence."""
+
+from pathlib import Path
+
+import pytest
+
+from autoregressive.sample.options import OptionError, Options, markdown, parse_options, read_config
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+
+def parse(*argv, script="job"):
+    return parse_options(Options(), list(argv), script=script, description="d", examples="e")
+
+
+def refused(capsys, *argv, script="job"):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv, script=script)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text, name="some.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_defaults_then_file_then_flags(config):
+    path = config("sampling: {cfg_scale: 3, top_k: 7}\ncache: {policy: window, budget: 9}\nrun: {seed: 5}")
+    options = parse("--config", path, "--top-k", "8", "--cache-budget", "10")
+    assert (options.sampling.cfg_scale, options.sampling.top_k, options.sampling.top_p) == (3.0, 8, 1.0)
+    assert isinstance(options.sampling.cfg_scale, float)
+    assert options.cache_config().budget == 10
+    assert options.run.seed == 5
+    assert parse("--config", path, "--seed", "6").run.seed == parse("--global-seed", "6").run.seed == 6
+
+
+def test_flag_turns_file_back(config):
+    path = config("model: {compile: true, image_size: 64}\ncache: {policy: adsa, budget: 9, prefix: 2}")
+    options = parse("--config", path, "--no-compile", "--image-size", "none", "--cache-policy", "full")
+    assert options.model.compile is False
+    assert options.model.image_size is None
+    assert options.cache_config().budget is None, "the dense cache needs no budget from the file"
+
+
+def test_base_is_overridden_key_by_key(config, tmp_path):
+    config("sampling: {cfg_scale: 3.0, top_k: 7}\nmodel: {gpt_ckpt: ../weights/a.pt}", "base.yaml")
+    options = parse("--config", config("base: base.yaml\nsampling: {top_k: 9}"))
+    assert (options.sampling.cfg_scale, options.sampling.top_k) == (3.0, 9)
+    assert options.model.gpt_ckpt == str(tmp_path.parent / "weights" / "a.pt"), "relative to the file"
+    nested = config("base: some.yaml", "third.yaml")
+    with pytest.raises(OptionError, match=r"some\.yaml: key 'base': a base has no base"):
+        read_config(nested, Options())
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("sampling: {cfg_scal: 2.0}", "unknown key 'sampling.cfg_scal' (did you mean cfg_scale?)"),
+        ("sampling: {gpt_ckpt: a.pt}", "unknown key 'sampling.gpt_ckpt' (did you mean model.gpt_ckpt?)"),
+        ("model: {gpt-ckpt: a.pt}", "unknown key 'model.gpt-ckpt' (did you mean gpt_ckpt?)"),
+        ("smpling: {top_k: 1}", "unknown section 'smpling' (did you mean sampling?)"),
+        ("sampling: {top_k: 2.5}", "key 'sampling.top_k': expected a whole number, got 2.5"),
+        ("sampling: {top_k: true}", "key 'sampling.top_k': expected a whole number, got True"),
+        (
+            "sampling: {temperature: 1e-3}",
+            "expected a number, got '1e-3' (YAML wants a point before the e, as in 1.0e-3)",
+        ),
+        ("model: {compile: 1}", "key 'model.compile': expected true or false, got 1"),
+        ("model: {precision: bf15}", "expected one of none, fp16, bf16, got 'bf15' (did you mean bf16?)"),
+        ("run: {class_labels: 3}", "key 'run.class_labels': expected a list, got 3"),
+        ("sampling: {top_k: null}", "key 'sampling.top_k': expected a whole number, got None"),
+        ("sampling: 3", "section 'sampling': expected keys and values, got 3"),
+        ("- 1", "expected the sections model, sampling, cache, run"),
+        ("run: {seed: 1, seed: 2}", "key 'seed' is given twice"),
+        ("a: [", "not valid YAML"),
+        ("base: 3", "key 'base': expected a file, got 3"),
+        ("cache: {policy: adsa}", "needs a budget"),
+        ("cache: {policy: adsa, budget: 4, prefix: 3, local: 2}", "cache budget 4 is too small"),
+        ("sampling: {top_p: 0.0}", "sampling.top_p must be above 0"),
+        ("run: {num_fid_samples: 0}", "run.num_fid_samples must be at least 1, not 0"),
+        ("run: {seed: -1}", "run.seed must be 0 to 2^63 - 1, not -1"),
+    ],
+)
+def test_bad_file_is_named(capsys, config, text, told):
+    message = refused(capsys, "--config", config(text))
+    assert told in message
+    if "must be" not in told and "cache " not in told and "needs a budget" not in told:
+        assert "some.yaml" in message
+
+
+def test_bad_flag_is_named(capsys):
+    assert "unknown argument '--cfg-scal' (did you mean --cfg-scale?)" in refused(capsys, "--cfg-scal", "2")
+    assert "--top-k: expected a whole number, got 'x'" in refused(capsys, "--top-k", "x")
+    assert "got 'adsaa' (did you mean adsa?)" in refused(capsys, "--cache-policy", "adsaa")
+    assert "no/such.yaml: No such file" in refused(capsys, "--config", "no/such.yaml")
+    assert "unknown argument '--num-fid-samples'" in refused(capsys, "--num-fid-samples", "3", script="grid")
+    assert "unknown argument '--output'" in refused(capsys, "--output", "x.png", script="job")
+
+
+def test_llamagen_flags_are_all_there():
+    flags = "--gpt-model GPT-L --gpt-ckpt a.pt --gpt-type c2i --from-fsdp --cls-token-num 1 --precision bf16 --compile "
+    flags += "--vq-model VQ-16 --vq-ckpt b.pt --codebook-size 16384 --codebook-embed-dim 8 --image-size 384 "
+    flags += "--image-size-eval 256 --downsample-size 16 --num-classes 1000 --cfg-scale 2 --cfg-interval -1 --top-k 0 "
+    flags += "--top-p 1.0 --temperature 1.0 --global-seed 0 --sample-dir samples --per-proc-batch-size 32 "
+    options = parse(*(flags + "--num-fid-samples 50000").split())
+    assert options.model.gpt_model == "GPT-L"
+    assert options.model.compile is True
+    assert options.sampling.cfg_interval == -1.0
+
+
+def test_help_is_whole(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    for word in ("--config", "--cache-renew-every", "--label-distribution", "sampling:"):
+        assert word in text
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs(path):
+    options = parse("--config", str(path))
+    assert Path(options.model.gpt_ckpt).parent.parts[-1] in ("pretrained_models", "demo")
+    budget = options.cache_config().budget
+    if "adsa" in path.stem:
+        assert options.cache.policy == "adsa"
+        assert str(budget) == path.stem.split("adsa")[1]
+    elif "dense" in path.stem:
+        assert options.cache.policy == "full"
+
+
+def test_keys_are_documented():
+    """configs/README.md ends with what `python autoregressive/sample/options.py` prints."""
+    assert (CONFIGS / "README.md").read_text().endswith("## Keys\n\n" + markdown(Options()) + "\n")

@@ -1,0 +1,67 @@
+"""The grid script, end to end on tiny random models."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from autoregressive.sample import sample_c2i
+from autoregressive.sample.options import OptionError
+
+from .conftest import start
+
+
+def test_one_grid(models, tmp_path, capsys):
+    output = tmp_path / "new" / "grid.png"
+    sample_c2i.main([*models, "--output", str(output), "--class-labels", "3", "thing a", "3"])
+    told = capsys.readouterr().out
+    assert told.endswith(f"{output}\n")
+    assert "3 images of 12 px, 36 tokens each" in told
+    with Image.open(output) as image:
+        grid = np.asarray(image)
+    images = [grid[4:16, x : x + 12] for x in (4, 20, 36)]  # four pixels between and around
+    assert all(image.std() > 10 for image in images)
+    assert not np.array_equal(images[0], images[2]), "the same class twice, with another seed"
+
+
+def test_compares_caches_on_the_same_noise(models, tmp_path, capsys):
+    output = tmp_path / "grid.png"
+    flags = ["--output", str(output), "--class-labels", "1", "2", "--cache-local", "4"]
+    sample_c2i.main([*models, *flags, "--compare", "full", "adsa-36", "window-8"])
+    lines = capsys.readouterr().out.splitlines()
+    dense, whole, window = (line.split() for line in lines[2:5])
+    assert (dense[0], dense[1]) == ("dense", "36")
+    assert (window[0], window[3]) == ("WINDOW-8", "8")
+    assert float(window[4]) <= float(dense[2])
+    assert whole[3] == "36"
+    with Image.open(output) as image:
+        grid = np.asarray(image)
+    panel = (grid.shape[1] - 16) // 3
+    left, middle, right = (grid[16:28, 16 + i * panel : i * panel + panel] for i in range(3))
+    assert np.array_equal(left, middle), "a budget of all tokens is the dense cache"
+    assert not np.array_equal(left, right)
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--compare", "dens"], "'dens' is neither full nor POLICY-BUDGET"),
+        (["--compare", "windw-8"], "did you mean 'window'"),
+        (["--class-labels", "11"], "class 11 is not among"),
+        (["--output", "{file}/grid.png"], None),
+    ],
+)
+def test_refused_before_sampling(models, tmp_path, flags, told):
+    (tmp_path / "file").write_text("in the way")
+    flags = [flag.format(file=tmp_path / "file") for flag in flags]
+    with pytest.raises(OptionError if told else OSError, match=told):
+        sample_c2i.main([*models, "--output", str(tmp_path / "grid.png"), *flags])
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_as_a_command(models, tmp_path):
+    """From another working directory; errors are one line, without a traceback."""
+    job = start("sample_c2i.py", *models, "--output", str(tmp_path / "grid.png"), "--class-labels", "nothing")
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 1
+    assert "error: run.class_labels: 'nothing' is no class" in err
+    assert "Traceback" not in err

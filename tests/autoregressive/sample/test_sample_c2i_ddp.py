@@ -1,0 +1,175 @@
+"""The job that fills a run folder, end to end on tiny random models: any split, any interruption, the same bytes."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from autoregressive.sample import sample_c2i_ddp
+from autoregressive.sample.run_folder import RunError
+
+from .conftest import start
+
+TOTAL = 12
+FLAGS = ["--num-fid-samples", str(TOTAL), "--cache-policy", "adsa", "--cache-budget", "12", "--seed", "3"]
+NAME = "GPT-Demo-gpt-size-12-size-12-VQ-8-Demo-topk-0-topp-1.0-temperature-1.0-cfg-1.5-seed-3-adsa-12"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Everything in a run folder but run.json, which tells times."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory):
+    """The run folder of one process with batches of 4."""
+    samples = tmp_path_factory.mktemp("unbroken")
+    models = ["--gpt-ckpt", str(tiny / "gpt.safetensors"), "--vq-ckpt", str(tiny / "vq.safetensors"), "--cpu"]
+    sample_c2i_ddp.main([*models, *FLAGS, "--per-proc-batch-size", "4", "--sample-dir", str(samples)])
+    assert [path.name for path in samples.iterdir()] == [NAME]
+    return samples / NAME
+
+
+@pytest.fixture
+def copied(unbroken, tmp_path):
+    """A finished run folder to damage, and the flags that go on with it."""
+    shutil.copytree(unbroken, tmp_path / NAME)
+    return tmp_path / NAME, [*FLAGS, "--per-proc-batch-size", "4", "--sample-dir", str(tmp_path)]
+
+
+def test_run_folder(unbroken):
+    assert sorted(content(unbroken)) == sorted(
+        [*(f"images/{i:06d}.png" for i in range(TOTAL)), "labels.npy", "samples.npz", "seeds.npy"]
+    )
+    with np.load(unbroken / "samples.npz") as archive:
+        images = archive["arr_0"]
+    assert images.shape == (TOTAL, 12, 12, 3)
+    with Image.open(unbroken / "images/000007.png") as image:
+        assert np.array_equal(np.asarray(image), images[7])
+    assert np.load(unbroken / "labels.npy").tolist() == [*range(10), 0, 1]
+    assert len({image.tobytes() for image in images}) == TOTAL
+
+    record = json.loads((unbroken / "run.json").read_text())
+    assert record["status"] == "complete"
+    assert record["config"]["cache"]["budget"] == 12
+    assert record["images"] == TOTAL
+    assert record["images_per_second"] == pytest.approx(TOTAL / record["wall_seconds"], rel=1e-3)
+    assert set(record["seconds"]) == {"load", "gpt", "vq", "io"}
+    assert record["peak_memory_bytes"] > 1 << 20
+    assert record["cache"]["slots"] == 12
+    # k and v, 2 layers, 4 images guided, 2 heads, 1 condition token and 12 slots, 8 dimensions, 4 bytes
+    assert record["cache"]["kv_bytes"] == 2 * 2 * 8 * 2 * 13 * 8 * 4
+    assert {"python", "torch", "project"} <= set(record["versions"])
+
+
+def test_two_processes_make_the_same(models, unbroken, tmp_path):
+    flags = [*FLAGS, "--per-proc-batch-size", "2", "--sample-dir", str(tmp_path)]
+    job = start("sample_c2i_ddp.py", *models, *flags, processes=2)
+    _, err = job.communicate(timeout=300)
+    assert job.returncode == 0, err
+    assert content(tmp_path / NAME) == content(unbroken)
+    record = json.loads((tmp_path / NAME / "run.json").read_text())
+    assert record["world_size"] == 2
+    assert [process["images"] for process in record["processes"]] == [6, 6]
+    assert record["cache"]["images_per_batch"] == 2
+
+
+def test_killed_and_started_again(models, unbroken, tmp_path):
+    """kill -9 in the middle: only the batch in hand is lost, and the end is the same, byte for byte."""
+    flags = [*models, *FLAGS, "--per-proc-batch-size", "1", "--sample-dir", str(tmp_path)]
+    images = tmp_path / NAME / "images"
+    job = start("sample_c2i_ddp.py", *flags)
+    deadline = time.monotonic() + 240
+    while len(list(images.glob("*.png"))) < 3 and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    before = {path.name: path.stat().st_mtime_ns for path in images.glob("*.png")}
+    assert 3 <= len(before) < TOTAL, "killed too late to show anything"
+    assert not (tmp_path / NAME / "samples.npz").exists()
+
+    sample_c2i_ddp.main(flags)
+    assert content(tmp_path / NAME) == content(unbroken)
+    after = {path.name: path.stat().st_mtime_ns for path in images.glob("*.png")}
+    assert {name: after[name] for name in before} == before, "nothing whole was made again"
+    record = json.loads((tmp_path / NAME / "run.json").read_text())
+    assert record["images"] == TOTAL - len(before)
+    assert record["earlier_sessions"][0]["images"] == len(before)
+
+
+def test_damaged_folder_is_mended(models, unbroken, copied):
+    folder, flags = copied
+    (folder / "samples.npz").unlink()
+    (folder / "images/000001.png").unlink()
+    (folder / "images/000009.png").write_bytes((folder / "images/000009.png").read_bytes()[:-1])
+    (folder / "images/.000009.png.x.part").write_bytes(b"half")
+    untouched = (folder / "images/000005.png").stat().st_mtime_ns
+    sample_c2i_ddp.main([*models, *flags])
+    assert content(folder) == content(unbroken)
+    assert (folder / "images/000005.png").stat().st_mtime_ns == untouched
+    assert json.loads((folder / "run.json").read_text())["images"] == 8, "two batches of four"
+
+
+def test_finished_run_loads_no_model(models, copied, monkeypatch, capsys):
+    monkeypatch.setattr(sample_c2i_ddp, "Sampler", None)
+    folder, flags = copied
+    (folder / "samples.npz").unlink()
+    sample_c2i_ddp.main([*models, *flags])
+    assert capsys.readouterr().out.endswith(f"{folder / 'samples.npz'}\n")
+    assert (folder / "samples.npz").exists()
+
+
+def test_other_settings_are_refused(models, copied):
+    _, flags = copied
+    with pytest.raises(RunError, match=r"sampling\.cfg_interval is -1\.0 there and 9\.0 here"):
+        sample_c2i_ddp.main([*models, *flags, "--cfg-interval", "9"])
+    with pytest.raises(RunError, match=r"run\.num_fid_samples is 12 there and 13 here"):
+        sample_c2i_ddp.main([*models, *flags, "--num-fid-samples", "13"])
+
+
+def test_uniform_labels_and_classes(models, tmp_path):
+    flags = [*models, "--num-fid-samples", "6", "--label-distribution", "uniform", "--class-labels", "thing b", "7"]
+    sample_c2i_ddp.main([*flags, "--sample-dir", str(tmp_path), "--cfg-scale", "1"])
+    (labels,) = tmp_path.glob("*/labels.npy")
+    assert set(np.load(labels).tolist()) == {1, 7}
+
+
+def test_full_disk(models, unbroken, tmp_path):
+    """A limit on file sizes stands for it: 8 KiB are enough for run.json, but not for a PNG of noise at 128 pixels."""
+    flags = [*models, *FLAGS, "--image-size-eval", "128", "--sample-dir", str(tmp_path)]
+    job = start("sample_c2i_ddp.py", *flags, limit="ulimit -f 8")
+    _, err = job.communicate(timeout=120)
+    assert job.returncode == 1
+    assert "images: File too large. Make room or choose another folder" in err
+    assert "Traceback" not in err
+    (folder,) = tmp_path.iterdir()
+    assert sorted(content(folder)) == ["labels.npy", "seeds.npy"]
+    sample_c2i_ddp.main(flags)
+    assert len(list((folder / "images").iterdir())) == TOTAL
+
+
+def test_unwritable(models, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="cannot write .*: Not a directory. Make room or choose another folder"):
+        sample_c2i_ddp.main([*models, *FLAGS, "--sample-dir", str(tmp_path / "file")])
+
+
+def test_failing_process_stops_all(models, copied):
+    """Process 1 can't write image 6; process 0 waits for it at the end, and must not wait for long."""
+    folder, flags = copied
+    (folder / "images/000001.png").unlink()
+    (folder / "images/000006.png").unlink()
+    (folder / "images/000006.png").mkdir()
+    (folder / "images/000006.png/in the way").touch()
+    job = start("sample_c2i_ddp.py", *models, *flags, processes=2)
+    _, err = job.communicate(timeout=240)
+    assert job.returncode != 0
+    assert "[process 1] error: cannot write" in err
+    assert (folder / "images/000001.png").exists()
