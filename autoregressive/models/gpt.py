@@ -51,6 +51,10 @@ class ModelArgs:
             raise ValueError(f"block_size must be a perfect square (tokens of a square image), not {self.block_size}")
         if self.dim % self.n_head:
             raise ValueError(f"dim {self.dim} is not a multiple of n_head {self.n_head}")
+        if self.head_dim % 4:
+            raise ValueError(
+                f"dim {self.dim} / n_head {self.n_head} must be a multiple of 4, for RoPE in two dimensions"
+            )
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
 
@@ -88,15 +92,10 @@ class DropPath(nn.Module):
         return x * keep.to(x.dtype) / (1 - self.rate)
 
 
-def _replace_dropped(cond: Tensor, null: Tensor, rate: float, training: bool, force_drop_ids: Tensor | None) -> Tensor:
-    """Put the null condition in place of whole samples: at random in training, or where ``force_drop_ids`` is 1."""
-    if force_drop_ids is not None:
-        drop = force_drop_ids == 1
-    elif training and rate > 0:
-        drop = torch.rand(len(cond), device=cond.device) < rate
-    else:
-        return cond
-    return torch.where(drop.view(-1, *[1] * (cond.ndim - 1)), null.to(cond.dtype), cond)
+def _drop_some(cond: Tensor, null: Tensor, rate: float) -> Tensor:
+    """Put the null condition in place of whole samples, at random, so that guidance has something to guide away from."""
+    drop = torch.rand(len(cond), device=cond.device) < rate
+    return torch.where(drop.view(-1, *[1] * (cond.ndim - 1)), null, cond)
 
 
 class LabelEmbedder(nn.Module):
@@ -115,12 +114,11 @@ class LabelEmbedder(nn.Module):
             )
         return torch.full_like(labels, self.num_classes)
 
-    def forward(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+    def forward(self, labels: Tensor) -> Tensor:
         """``[B]`` or ``[B, 1]`` int -> ``[B, 1, dim]``."""
         labels = labels.view(-1)
-        if self.dropout_prob > 0:
-            null = self.null(labels)
-            labels = _replace_dropped(labels, null, self.dropout_prob, self.training, force_drop_ids)
+        if self.training and self.dropout_prob > 0:
+            labels = _drop_some(labels, self.null(labels), self.dropout_prob)
         return self.embedding_table(labels).unsqueeze(1)
 
 
@@ -146,10 +144,15 @@ class CaptionEmbedder(nn.Module):
     def null(self, caption: Tensor) -> Tensor:
         return self.uncond_embedding.to(caption.dtype).expand_as(caption)
 
-    def forward(self, caption: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+    def forward(self, caption: Tensor) -> Tensor:
         """``[B, T, caption_dim]`` -> ``[B, T, dim]``."""
-        null = self.null(caption)
-        return self.cap_proj(_replace_dropped(caption, null, self.dropout_prob, self.training, force_drop_ids))
+        if caption.shape[1:] != self.uncond_embedding.shape:
+            raise ValueError(
+                f"text features {list(caption.shape)} given, {['B', *self.uncond_embedding.shape]} expected"
+            )
+        if self.training and self.dropout_prob > 0:
+            caption = _drop_some(caption, self.null(caption), self.dropout_prob)
+        return self.cap_proj(caption)
 
 
 class RMSNorm(nn.Module):
@@ -311,13 +314,15 @@ class Transformer(nn.Module):
             condition, S for image tokens), and the mean cross-entropy or None.
         """
         if cond_idx is not None:
-            embeddings = self.cls_embedding(cond_idx)[:, : self.config.cls_token_num]
+            embeddings = self.cls_embedding(cond_idx)
             if idx is not None:
                 embeddings = torch.cat([embeddings, self.tok_embeddings(idx)], dim=1)
         elif idx is not None and input_pos is not None and cache is not None:
             embeddings = self.tok_embeddings(idx)
         else:
             raise ValueError("forward needs cond_idx (with or without idx), or idx with input_pos and a cache")
+        if idx is not None and idx.shape[1] > self.config.block_size:
+            raise ValueError(f"{idx.shape[1]} image tokens given, and block_size is {self.config.block_size}")
         if (cache is None) != (cond_idx is not None and idx is not None):
             raise ValueError("whole sequences (idx and cond_idx) go without a cache, anything else needs one")
 

@@ -14,7 +14,7 @@ def rope_table(grid_size: int, head_dim: int, base: float = 10000.0, cls_token_n
 
     Args:
         grid_size: image tokens per row and column.
-        head_dim: dimensions of one attention head, a multiple of 2.
+        head_dim: dimensions of one attention head, a multiple of 4.
         base: the frequency base.
         cls_token_num: condition tokens in front of the image; their rows are zero.
 
@@ -23,8 +23,8 @@ def rope_table(grid_size: int, head_dim: int, base: float = 10000.0, cls_token_n
     """
     half = head_dim // 2
     # An explicit device, so that the table is real even when the model is built on the meta device.
-    exponents = torch.arange(0, half, 2, dtype=torch.float32, device="cpu")[: (half + 1) // 2] / half
-    axis = torch.outer(torch.arange(grid_size, device="cpu").float(), base**-exponents)  # [grid, half / 2]
+    exponents = torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half
+    axis = torch.outer(torch.arange(grid_size, device="cpu").float(), 1.0 / base**exponents)  # [grid, half / 2]
     rows = axis[:, None, :].expand(-1, grid_size, -1)
     columns = axis[None, :, :].expand(grid_size, -1, -1)
     angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # raster order

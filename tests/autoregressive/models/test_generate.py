@@ -183,3 +183,14 @@ def test_noise_is_one_stream_per_seed():
 
 def test_demo_size_is_in_the_registry():
     assert "GPT-Demo" in GPT_models
+
+
+def test_wrong_shapes_are_told(t2i, model):
+    with pytest.raises(ValueError, match=r"text features \[2, 5, 8\] given, \['B', 7, 8\] expected"):
+        generate(t2i, torch.zeros(2, 5, 8), 4)
+    with pytest.raises(ValueError, match="37 image tokens given, and block_size is 36"):
+        model(torch.zeros(1, 37, dtype=torch.long), torch.tensor([0]))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        ModelArgs(dim=12, n_head=2)
+    with pytest.raises(ValueError, match="perfect square"):
+        ModelArgs(block_size=12)
