@@ -93,7 +93,7 @@ class DropPath(nn.Module):
 
 
 def _drop_some(cond: Tensor, null: Tensor, rate: float) -> Tensor:
-    """Put the null condition in place of whole samples, at random, so that guidance has something to guide away from."""
+    """Put the null condition in place of whole samples, at random: what guidance will guide away from."""
     drop = torch.rand(len(cond), device=cond.device) < rate
     return torch.where(drop.view(-1, *[1] * (cond.ndim - 1)), null, cond)
 
