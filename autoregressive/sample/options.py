@@ -175,8 +175,9 @@ class Options:
 
     def check(self) -> None:
         """Raises OptionError for values that no model could be sampled with."""
-        self.cache_config()
         sampling, run = self.sampling, self.run
+        if not run.compare:  # which has its own
+            self.cache_config()
         positive = {
             "model.image_size": self.model.image_size,
             "model.downsample_size": self.model.downsample_size,

@@ -157,7 +157,7 @@ def test_full_disk(models, unbroken, tmp_path):
 
 def test_unwritable(models, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RunError, match="cannot write .*: Not a directory. Make room or choose another folder"):
+    with pytest.raises(RunError, match=r"cannot write .*: Not a directory\. Make room or choose another folder"):
         sample_c2i_ddp.main([*models, *FLAGS, "--sample-dir", str(tmp_path / "file")])
 
 
