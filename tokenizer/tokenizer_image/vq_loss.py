@@ -23,6 +23,15 @@ def reconstruction_loss(kind: str, x: Tensor, reconstruction: Tensor) -> Tensor:
     return loss
 
 
+def color_loss(x: Tensor, reconstruction: Tensor, cell: int = 8) -> Tensor:
+    """Mean absolute error of the two opponent colours (red-green, yellow-blue) of cell x cell means.
+
+    Pixel losses are mostly brightness: a small tokenizer driven by them alone learns shapes long before hues.
+    """
+    red, green, blue = F.avg_pool2d(reconstruction - x, cell).unbind(1)
+    return 0.5 * ((red - green).abs().mean() + (0.5 * (red + green) - blue).abs().mean())
+
+
 class LPIPS(nn.Module):
     """Learned perceptual distance over five stages of VGG16 (Zhang et al. 2018, arXiv:1801.03924).
 

@@ -53,6 +53,7 @@ from tokenizer.tokenizer_image.vq_loss import (
     LossError,
     PatchDiscriminator,
     adaptive_weight,
+    color_loss,
     discriminator_loss,
     generator_loss,
     reconstruction_loss,
@@ -115,6 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache-images", action="store_true", help="decode all training images into memory first")
     add("--reconstruction-weight", type=float, default=1.0)
     add("--reconstruction-loss", choices=("l1", "l2", "l1l2"), default="l2")
+    add("--color-weight", type=float, default=0.0, help="of the error of local hues; helps small models without LPIPS")
     add("--codebook-weight", type=float, default=1.0, help="of the codebook's losses together")
     add("--perceptual-weight", type=float, default=1.0)
     add("--lpips-weights", type=Path, help='state dict of lpips.LPIPS(net="vgg"); needed unless --perceptual-weight 0')
@@ -238,6 +240,9 @@ def train(args: argparse.Namespace) -> None:
         rec = args.reconstruction_weight * reconstruction_loss(args.reconstruction_loss, x, reconstruction)
         values = {"rec": rec}
         loss = rec
+        if args.color_weight:
+            values["color"] = color = color_loss(x, reconstruction)
+            loss = loss + args.color_weight * color
         if lpips:
             values["perceptual"] = perceptual = lpips(x, reconstruction)
             loss = loss + args.perceptual_weight * perceptual

@@ -10,6 +10,7 @@ from tokenizer.tokenizer_image.vq_loss import (
     LossError,
     PatchDiscriminator,
     adaptive_weight,
+    color_loss,
     discriminator_loss,
     generator_loss,
     reconstruction_loss,
@@ -21,6 +22,15 @@ def test_reconstruction_loss():
     assert [reconstruction_loss(kind, x, y).item() for kind in ("l1", "l2", "l1l2")] == [0.5, 0.25, 0.75]
     with pytest.raises(ValueError, match="l3"):
         reconstruction_loss("l3", x, y)
+
+
+def test_color_loss_sees_hue_and_not_brightness():
+    x = torch.zeros(1, 3, 16, 16)
+    assert color_loss(x, x + 0.5).item() == pytest.approx(0, abs=1e-6)
+    green = x + torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1)
+    assert color_loss(x, green).item() == pytest.approx(0.5 * (1 + 0.5))
+    checkered = green * torch.tensor([1.0, -1.0]).repeat(8)  # no hue on average
+    assert color_loss(x, checkered).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_gan_losses():

@@ -1,0 +1,58 @@
+"""Tiny models under registered names, and a tiny folder of images."""
+
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from autoregressive.models import gpt
+from autoregressive.train import train_c2i
+from tokenizer.tokenizer_image import vq_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_own_signals():
+    """Sums in one order whatever the machine; and the trainers' signal handlers do not outlive a test."""
+    threads, torch_handlers = torch.get_num_threads(), [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), torch_handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def tiny_models(monkeypatch):
+    def vq(**kwargs):
+        sizes = {"ch": 8, "encoder_ch_mult": [1, 2, 2], "decoder_ch_mult": [1, 2, 2], "num_res_blocks": 1}
+        return vq_model.VQModel(vq_model.ModelArgs(**{**sizes, "z_channels": 16, "codebook_size": 32, **kwargs}))
+
+    def tiny_gpt(**kwargs):
+        return gpt.Transformer(gpt.ModelArgs(dim=32, n_layer=2, n_head=2, multiple_of=32, **kwargs))
+
+    monkeypatch.setitem(vq_model.VQ_models, "VQ-Tiny", vq)
+    monkeypatch.setitem(train_c2i.GPT_models, "GPT-Tiny", tiny_gpt)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Nine 32 x 40 images in three class folders."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("0_red_a", "1_green_b", "2_blue_a")):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(3):
+            array = rng.integers(0, 60, (32, 40, 3), dtype=np.uint8)
+            array[:, :, label] += 150
+            Image.fromarray(array).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def vq_ckpt(tmp_path, tiny_models):
+    torch.manual_seed(0)
+    path = tmp_path / "vq.pt"
+    torch.save({"model": vq_model.VQ_models["VQ-Tiny"]().state_dict()}, path)
+    return path

@@ -1,0 +1,92 @@
+"""Images to codes: layout, variants, class selection, interruptions and faults."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from autoregressive.models.checkpoint import load_model
+from autoregressive.train.extract_codes_c2i import main
+from tokenizer.tokenizer_image.images import center_crop, image_to_tensor, load_rgb
+from tokenizer.tokenizer_image.vq_model import VQ_models
+
+pytestmark = pytest.mark.usefixtures("tiny_models")
+
+
+def run(images, vq_ckpt, folder, *flags):
+    main(
+        ["--data-path", str(images), "--code-path", str(folder), "--vq-model", "VQ-Tiny", "--vq-ckpt", str(vq_ckpt)]
+        + ["--image-size", "32", "--num-workers", "0", "--batch-size", "4", *flags]
+    )
+    meta = json.loads((folder / "meta.json").read_text())
+    return np.load(folder / "codes.npy"), np.load(folder / "labels.npy"), meta
+
+
+@torch.no_grad()
+def encode(vq_ckpt, image):
+    model = load_model(VQ_models["VQ-Tiny"](), vq_ckpt).eval()
+    return model.encode(image_to_tensor(image)[None])[2][2].numpy()
+
+
+def test_codes_are_the_tokenizers(images, vq_ckpt, tmp_path):
+    codes, labels, meta = run(images, vq_ckpt, tmp_path / "codes")
+    assert codes.shape == (9, 2, 64) and codes.dtype == np.uint16
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert meta["classes"] == ["0_red_a", "1_green_b", "2_blue_a"]
+    assert (meta["images"], meta["variants"], meta["tokens"], meta["codebook_size"]) == (9, 2, 64, 32)
+    image = center_crop(load_rgb(images / "1_green_b" / "1.png"), 32)
+    assert np.array_equal(codes[4, 0], encode(vq_ckpt, image))
+    assert np.array_equal(codes[4, 1], encode(vq_ckpt, ImageOps.mirror(image)))
+
+
+def test_variants_and_classes(images, vq_ckpt, tmp_path):
+    codes, labels, meta = run(images, vq_ckpt, tmp_path / "a", "--jitter", "2", "--no-flip", "--classes", "*_a")
+    assert codes.shape == (6, 3, 64)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert meta["classes"] == ["0_red_a", "2_blue_a"]
+    assert not np.array_equal(codes[:, 0], codes[:, 1])
+    ten, _, _ = run(images, vq_ckpt, tmp_path / "ten", "--ten-crop")
+    assert ten.shape == (9, 10, 64)
+    with pytest.raises(SystemExit, match="no images in matching"):
+        run(images, vq_ckpt, tmp_path / "none", "--classes", "*_c")
+
+
+def test_a_corrupt_image_is_named_and_the_job_can_go_on(images, vq_ckpt, tmp_path):
+    whole, _, _ = run(images, vq_ckpt, tmp_path / "whole")
+    victim = images / "2_blue_a" / "1.png"
+    good = victim.read_bytes()
+    victim.write_bytes(good[:200])
+    with pytest.raises(SystemExit, match=r"2_blue_a/1\.png.*--skip-unreadable"):
+        run(images, vq_ckpt, tmp_path / "codes")
+    assert not (tmp_path / "codes" / "meta.json").exists()
+
+    skipped, labels, meta = run(images, vq_ckpt, tmp_path / "codes", "--skip-unreadable")
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, -1, 2]
+    assert meta["unreadable"] == ["2_blue_a/1.png"] and meta["images"] == 8
+    assert np.array_equal(np.delete(skipped, 7, 0), np.delete(whole, 7, 0))
+
+    victim.write_bytes(good)
+    (tmp_path / "codes" / "meta.json").unlink()
+    repaired, labels, _ = run(images, vq_ckpt, tmp_path / "codes")
+    assert np.array_equal(repaired, whole) and labels[7] == 2
+
+
+def test_another_jobs_folder_is_refused(images, vq_ckpt, tmp_path):
+    run(images, vq_ckpt, tmp_path / "codes")
+    (tmp_path / "codes" / "meta.json").unlink()
+    with pytest.raises(SystemExit, match="another job"):
+        run(images, vq_ckpt, tmp_path / "codes", "--no-flip")
+    with pytest.raises(SystemExit, match="not a multiple"):
+        run(images, vq_ckpt, tmp_path / "odd", "--image-size", "30")
+
+
+def test_finished_folders_are_left_alone(images, vq_ckpt, tmp_path, capsys):
+    run(images, vq_ckpt, tmp_path / "codes")
+    for path in images.rglob("*.png"):
+        Image.new("RGB", (32, 32)).save(path)
+    before = np.load(tmp_path / "codes" / "codes.npy")
+    after, _, _ = run(images, vq_ckpt, tmp_path / "codes")
+    assert np.array_equal(before, after)
+    assert "nothing to do" in capsys.readouterr().out

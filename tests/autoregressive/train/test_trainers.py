@@ -1,0 +1,231 @@
+"""Both trainers end to end on tiny data: they learn, and a run that was cut short ends as an unbroken one."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.models.checkpoint import load_model
+from autoregressive.train import extract_codes_c2i, train_c2i
+from tokenizer.tokenizer_image import reconstruction, vq_train
+from tokenizer.tokenizer_image.vq_model import VQ_models
+
+pytestmark = pytest.mark.usefixtures("tiny_models")
+ROOT = Path(__file__).parents[3]
+COMMON = ["--mixed-precision", "none", "--no-compile", "--num-workers", "0", "--global-batch-size", "4", "--ema"]
+
+
+@pytest.fixture
+def codes(images, vq_ckpt, tmp_path):
+    folder = tmp_path / "codes"
+    extract_codes_c2i.main(
+        ["--data-path", str(images), "--code-path", str(folder), "--vq-model", "VQ-Tiny", "--vq-ckpt", str(vq_ckpt)]
+        + ["--image-size", "16", "--num-workers", "0"]
+    )
+    return folder
+
+
+def vq_flags(images, results, *more):
+    return [
+        *(
+            "--data-path",
+            str(images),
+            "--val-path",
+            str(images),
+            "--vq-model",
+            "VQ-Tiny",
+            "--results-dir",
+            str(results),
+        ),
+        *(
+            "--image-size",
+            "24",
+            "--val-image-size",
+            "32",
+            "--perceptual-weight",
+            "0",
+            "--color-weight",
+            "1",
+            "--resize-range",
+            "1",
+            "2",
+        ),
+        *("--disc-start", "3", "--disc-dim", "4", "--disc-weight", "0.1", "--disc-adaptive-weight"),
+        *("--codebook-restart-every", "2", "--codebook-restart-until", "4", "--entropy-loss-ratio", "0.1"),
+        *("--lr", "1e-3", "--lr-schedule", "cosine", "--max-steps", "6", "--log-every", "1", "--eval-every", "3"),
+        *("--ckpt-every", "2", *COMMON, *more),
+    ]
+
+
+def gpt_flags(codes, results, *more):
+    return [
+        *("--code-path", str(codes), "--val-code-path", str(codes), "--gpt-model", "GPT-Tiny"),
+        *("--results-dir", str(results), "--lr", "1e-3", "--lr-schedule", "cosine", "--warmup-steps", "2"),
+        *("--max-steps", "6", "--log-every", "1", "--eval-every", "3", "--ckpt-every", "2", "--sample-every", "4"),
+        *("--gradient-accumulation-steps", "2", *COMMON, *more),
+    ]
+
+
+def log_of(results):
+    """Log lines without what may differ: start-up lines and speeds."""
+    lines = [json.loads(line) for line in (results / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines if "start" not in line]
+
+
+def leaves(tree, path=""):
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    if not items:
+        yield path, tree
+    for key, value in items:
+        yield from leaves(value, f"{path}/{key}")
+
+
+def assert_same_checkpoint(a, b):
+    a, b = (dict(leaves(torch.load(path / "checkpoints" / "0000006.pt", weights_only=True))) for path in (a, b))
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if not key.startswith("/args"):
+            same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
+            assert same, key
+
+
+def interrupted(module, flags, monkeypatch):
+    """Crash right after the checkpoint of step 2, then SIGTERM in the middle of step 4, then run to the end."""
+    save, seed = module.save_checkpoint, module.seed_step
+
+    def crash(folder, steps, *rest):
+        save(folder, steps, *rest)
+        raise MemoryError("as good as kill -9")
+
+    monkeypatch.setattr(module, "save_checkpoint", crash)
+    with pytest.raises(MemoryError):
+        module.main(flags)
+    monkeypatch.setattr(module, "save_checkpoint", save)
+
+    def terminate(base, step, rank):
+        seed(base, step, rank)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "seed_step", terminate)
+    module.main(flags)
+    monkeypatch.setattr(module, "seed_step", seed)
+    module.main(flags)
+
+
+def test_vq_resume_is_exact(images, tmp_path, monkeypatch):
+    vq_train.main(vq_flags(images, tmp_path / "whole"))
+    interrupted(vq_train, vq_flags(images, tmp_path / "broken"), monkeypatch)
+    assert (tmp_path / "broken" / "checkpoints" / "0000005.pt").exists()  # what SIGTERM left
+    assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
+    assert_same_checkpoint(tmp_path / "broken", tmp_path / "whole")
+    assert (tmp_path / "whole" / "samples" / "0000006.png").exists()
+    log = log_of(tmp_path / "whole")
+    assert "gen" not in log[2] and any("gen" in line and "disc" in line for line in log)  # GAN from step 3 on
+
+
+def test_gpt_resume_is_exact(codes, vq_ckpt, tmp_path, monkeypatch):
+    more = ("--vq-ckpt", str(vq_ckpt), "--sample-classes", "0", "2")
+    train_c2i.main(gpt_flags(codes, tmp_path / "whole", *more))
+    interrupted(train_c2i, gpt_flags(codes, tmp_path / "broken", *more), monkeypatch)
+    assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
+    assert_same_checkpoint(tmp_path / "broken", tmp_path / "whole")
+    for name in ("0000004.png", "0000006.png"):
+        pictures = [(tmp_path / run / "samples" / name).read_bytes() for run in ("whole", "broken")]
+        assert pictures[0] == pictures[1]
+
+
+def test_tokenizer_learns_and_the_decoder_can_be_tuned_alone(images, tmp_path):
+    flags = ["--max-steps", "40", "--disc-weight", "0", "--eval-every", "40", "--lr", "3e-3"]
+    vq_train.main(vq_flags(images, tmp_path / "vq", *flags))
+    log = [line for line in log_of(tmp_path / "vq") if "rec" in line]
+    assert log[-1]["rec"] < 0.7 * log[0]["rec"]
+
+    ckpt = tmp_path / "vq" / "checkpoints" / "0000040.pt"
+    flags = ["--vq-ckpt", str(ckpt), "--freeze-encoder", "--disc-weight", "0"]
+    vq_train.main(vq_flags(images, tmp_path / "tuned", *flags))
+    before = VQ_models["VQ-Tiny"]()
+    load_model(before, ckpt)
+    tuned = torch.load(tmp_path / "tuned" / "checkpoints" / "0000006.pt", weights_only=True)
+    for weights in (tuned["model"], tuned["ema"]):
+        for name, tensor in before.state_dict().items():
+            frozen = name.startswith(("encoder", "quant"))
+            assert torch.equal(weights[name], tensor) == frozen, name
+
+    reconstruction.main(
+        ["--data-path", str(images), "--vq-model", "VQ-Tiny", "--vq-ckpt", str(ckpt), "--image-size", "32"]
+        + ["--results-dir", str(tmp_path / "measured")]
+    )
+    metrics = json.loads((tmp_path / "measured" / "metrics.json").read_text())
+    assert metrics["psnr"] == pytest.approx(log_of(tmp_path / "vq")[-1]["val_psnr"], abs=1e-4)
+
+
+def test_gpt_learns_and_a_larger_grid_starts_from_it(codes, images, vq_ckpt, tmp_path):
+    train_c2i.main(gpt_flags(codes, tmp_path / "small", "--max-steps", "60", "--lr", "1e-2", "--eval-every", "30"))
+    losses = [line["val_loss"] for line in log_of(tmp_path / "small") if "val_loss" in line]
+    assert losses[-1] < losses[0] < np.log(32)
+
+    large = tmp_path / "large_codes"
+    extract_codes_c2i.main(
+        ["--data-path", str(images), "--code-path", str(large), "--vq-model", "VQ-Tiny", "--vq-ckpt", str(vq_ckpt)]
+        + ["--image-size", "32", "--num-workers", "0"]
+    )
+    ckpt = tmp_path / "small" / "checkpoints" / "0000060.pt"
+    train_c2i.main(gpt_flags(large, tmp_path / "large", "--init-from", str(ckpt), "--eval-every", "1"))
+    losses = [line["val_loss"] for line in log_of(tmp_path / "large") if "val_loss" in line]
+    assert losses[0] < np.log(32) - 0.2  # what was learnt on the small grid is there at once
+
+
+def test_two_processes_make_the_same_steps_as_one(codes, images, tmp_path):
+    flags = ["--dropout-p", "0", "--token-dropout-p", "0", "--class-dropout-prob", "0", "--sample-every", "100"]
+    flags = gpt_flags(codes, tmp_path / "one", "--gradient-accumulation-steps", "1", "--max-steps", "3", *flags)
+    train_c2i.main(flags)
+    conftest = Path(__file__).with_name("conftest.py")
+    starter = tmp_path / "start.py"
+    starter.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from autoregressive.models import gpt\n"
+        "from autoregressive.train import train_c2i\n"
+        "train_c2i.GPT_models['GPT-Tiny'] = lambda **kw: gpt.Transformer(\n"
+        "    gpt.ModelArgs(dim=32, n_layer=2, n_head=2, multiple_of=32, **kw))\n"
+        "train_c2i.main()\n"
+    )
+    assert "dim=32, n_layer=2, n_head=2, multiple_of=32" in conftest.read_text()  # the same model as there
+    flags[flags.index(str(tmp_path / "one"))] = str(tmp_path / "two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(starter)]
+    done = subprocess.run(
+        [*command, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (
+        torch.load(tmp_path / run / "checkpoints" / "0000003.pt", weights_only=True)["model"] for run in ("one", "two")
+    )
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)
+    losses = [[line["val_loss"] for line in log_of(tmp_path / run) if "val_loss" in line] for run in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_what_cannot_start_says_why(codes, images, tmp_path):
+    flags = gpt_flags(codes, tmp_path / "a")
+    cases = [
+        (train_c2i, gpt_flags(tmp_path / "absent", tmp_path / "a"), "has no codes.npy"),
+        (train_c2i, [*flags, "--num-classes", "2"], "--num-classes > 2"),
+        (train_c2i, [*flags, "--init-from", str(tmp_path / "absent.pt")], "absent.pt"),
+        (train_c2i, [*flags, "--global-batch-size", "3"], "--global-batch-size 3"),
+        (vq_train, [*vq_flags(images, tmp_path / "b"), "--perceptual-weight", "1"], "--lpips-weights"),
+        (vq_train, vq_flags(tmp_path / "absent", tmp_path / "b"), "no such folder"),
+    ]
+    for module, flags, message in cases:
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            module.main(flags)
+    (images / "0_red_a" / "0.png").write_text("no image")
+    with pytest.raises(SystemExit, match=r"0_red_a/0\.png"):
+        vq_train.main(vq_flags(images, tmp_path / "c", "--cache-images"))
