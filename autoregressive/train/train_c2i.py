@@ -11,6 +11,7 @@ made. A model for larger images may start from one trained on smaller ones by --
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -209,6 +210,7 @@ def train(args: argparse.Namespace) -> None:
         if args.no_local_save or not accelerator.is_main_process:
             return
         state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "args": plain_args(args)}
+        state |= {"name": args.gpt_model, "config": asdict(raw.config)}
         if ema:
             state |= {"ema": ema.weights, "ema_updates": ema.updates}
         save_checkpoint(args.results_dir / "checkpoints", step, state, args.keep_checkpoints)

@@ -10,6 +10,7 @@ with the same folder, a run goes on from its last checkpoint and makes the very 
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -206,6 +207,7 @@ def train(args: argparse.Namespace) -> None:
         if args.no_local_save or not accelerator.is_main_process:
             return
         state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "args": plain_args(args)}
+        state |= {"name": args.vq_model, "config": asdict(raw.config)}
         if gan:
             state |= {
                 "discriminator": accelerator.unwrap_model(discriminator).state_dict(),

@@ -17,8 +17,19 @@ pytestmark = pytest.mark.usefixtures("tiny_models")
 
 def run(images, vq_ckpt, folder, *flags):
     main(
-        ["--data-path", str(images), "--code-path", str(folder), "--vq-model", "VQ-Tiny", "--vq-ckpt", str(vq_ckpt)]
-        + ["--image-size", "32", "--num-workers", "0", "--batch-size", "4", *flags]
+        [
+            *(
+                "--data-path",
+                str(images),
+                "--code-path",
+                str(folder),
+                "--vq-model",
+                "VQ-Tiny",
+                "--vq-ckpt",
+                str(vq_ckpt),
+            ),
+            *("--image-size", "32", "--num-workers", "0", "--batch-size", "4", *flags),
+        ]
     )
     meta = json.loads((folder / "meta.json").read_text())
     return np.load(folder / "codes.npy"), np.load(folder / "labels.npy"), meta

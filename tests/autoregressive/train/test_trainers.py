@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from autoregressive.models.checkpoint import load_model
-from autoregressive.train import extract_codes_c2i, train_c2i
+from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.train import export, extract_codes_c2i, train_c2i
 from tokenizer.tokenizer_image import reconstruction, vq_train
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
@@ -26,8 +28,19 @@ COMMON = ["--mixed-precision", "none", "--no-compile", "--num-workers", "0", "--
 def codes(images, vq_ckpt, tmp_path):
     folder = tmp_path / "codes"
     extract_codes_c2i.main(
-        ["--data-path", str(images), "--code-path", str(folder), "--vq-model", "VQ-Tiny", "--vq-ckpt", str(vq_ckpt)]
-        + ["--image-size", "16", "--num-workers", "0"]
+        [
+            *(
+                "--data-path",
+                str(images),
+                "--code-path",
+                str(folder),
+                "--vq-model",
+                "VQ-Tiny",
+                "--vq-ckpt",
+                str(vq_ckpt),
+            ),
+            *("--image-size", "16", "--num-workers", "0"),
+        ]
     )
     return folder
 
@@ -160,8 +173,10 @@ def test_tokenizer_learns_and_the_decoder_can_be_tuned_alone(images, tmp_path):
             assert torch.equal(weights[name], tensor) == frozen, name
 
     reconstruction.main(
-        ["--data-path", str(images), "--vq-model", "VQ-Tiny", "--vq-ckpt", str(ckpt), "--image-size", "32"]
-        + ["--results-dir", str(tmp_path / "measured")]
+        [
+            *("--data-path", str(images), "--vq-model", "VQ-Tiny", "--vq-ckpt", str(ckpt), "--image-size", "32"),
+            *("--results-dir", str(tmp_path / "measured")),
+        ]
     )
     metrics = json.loads((tmp_path / "measured" / "metrics.json").read_text())
     assert metrics["psnr"] == pytest.approx(log_of(tmp_path / "vq")[-1]["val_psnr"], abs=1e-4)
@@ -174,13 +189,39 @@ def test_gpt_learns_and_a_larger_grid_starts_from_it(codes, images, vq_ckpt, tmp
 
     large = tmp_path / "large_codes"
     extract_codes_c2i.main(
-        ["--data-path", str(images), "--code-path", str(large), "--vq-model", "VQ-Tiny", "--vq-ckpt", str(vq_ckpt)]
-        + ["--image-size", "32", "--num-workers", "0"]
+        [
+            *(
+                "--data-path",
+                str(images),
+                "--code-path",
+                str(large),
+                "--vq-model",
+                "VQ-Tiny",
+                "--vq-ckpt",
+                str(vq_ckpt),
+            ),
+            *("--image-size", "32", "--num-workers", "0"),
+        ]
     )
     ckpt = tmp_path / "small" / "checkpoints" / "0000060.pt"
     train_c2i.main(gpt_flags(large, tmp_path / "large", "--init-from", str(ckpt), "--eval-every", "1"))
     losses = [line["val_loss"] for line in log_of(tmp_path / "large") if "val_loss" in line]
     assert losses[0] < np.log(32) - 0.2  # what was learnt on the small grid is there at once
+
+
+def test_export(codes, tmp_path):
+    train_c2i.main(gpt_flags(codes, tmp_path / "run", "--max-steps", "2"))
+    out = tmp_path / "gpt.safetensors"
+    export.main(["--run", str(tmp_path / "run"), "--out", str(out)])
+    with safe_open(out, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["model"] == "GPT-Tiny" and metadata["steps"] == "2"
+    model = Transformer(ModelArgs(**json.loads(metadata["args"])))
+    ema = torch.load(tmp_path / "run" / "checkpoints" / "0000002.pt", weights_only=True)["ema"]
+    for name, tensor in load_model(model, out).state_dict().items():
+        assert torch.equal(tensor, ema[name].half().float()), name
+    with pytest.raises(SystemExit, match="has no checkpoints"):
+        export.main(["--run", str(tmp_path / "absent"), "--out", str(out)])
 
 
 def test_two_processes_make_the_same_steps_as_one(codes, images, tmp_path):
