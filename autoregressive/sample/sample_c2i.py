@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sampler.cache = variant.cache_config()
         title = cache_title(sampler.cache, blueprint.tokens)
         print(f"sampling: {title}", file=sys.stderr, flush=True)
-        sampler.tokens(cond, seeds, count=None if options.model.compile else 8)  # warm up; compiling takes a whole one
+        for count in (
+            [None, None] if options.model.compile else [8]
+        ):  # warm up; compiling settles after two whole images
+            sampler.tokens(cond, seeds, count=count)
         sampler.images(
             torch.zeros(1, blueprint.tokens, dtype=torch.long, device=state.device), options.model.image_size
         )

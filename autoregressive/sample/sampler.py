@@ -183,6 +183,12 @@ class Sampler:
         )
         self.vq: VQModel = load_model(blueprint.vq, model.vq_ckpt, device=device, dtype=torch.float32)
         if model.compile:
+            import torch._dynamo.config as dynamo  # slow to import
+
+            # One graph each for the condition, a growing cache and a full one, for every cache and batch size used.
+            for name in ("recompile_limit", "cache_size_limit"):  # the second is its name before torch 2.7
+                if hasattr(dynamo, name):
+                    setattr(dynamo, name, 64)
             self.gpt.forward = torch.compile(self.gpt.forward)
         self.reset()
 
