@@ -197,6 +197,7 @@ class VectorQuantizer(nn.Module):
         self.n_e, self.e_dim, self.l2_norm = args.codebook_size, args.codebook_embed_dim, args.codebook_l2_norm
         self.beta, self.entropy_loss_ratio = args.commit_loss_beta, args.entropy_loss_ratio
         self.show_usage = args.codebook_show_usage
+        self.bypass = 0.0  # share of images that training decodes from their unquantised features; set by the trainer
         self.embedding = nn.Embedding(self.n_e, self.e_dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / self.n_e, 1.0 / self.n_e)
         if self.l2_norm:
@@ -231,6 +232,9 @@ class VectorQuantizer(nn.Module):
             entropy_loss = self.entropy_loss_ratio * _entropy_loss(-distances) if self.entropy_loss_ratio else 0.0
             if self.show_usage:
                 usage = self._record(indices)
+            if self.bypass:
+                skipped = torch.rand(b, 1, 1, device=z.device) < self.bypass
+                z_q = torch.where(skipped, z.view(b, h * w, c), z_q.view(b, h * w, c)).view(-1, c)
         z_q = z + (z_q - z).detach()
         z_q = z_q.view(b, h, w, c).permute(0, 3, 1, 2)
         return z_q, (vq_loss, commit_loss, entropy_loss, usage), (None, None, indices)

@@ -109,6 +109,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--entropy-loss-ratio", type=float, default=0.0)
     add("--codebook-restart-every", type=int, default=0, help="steps between restarts of unused entries; 0: never")
     add("--codebook-restart-until", type=int, default=0, help="the last step at which entries are restarted")
+    add(
+        "--bypass",
+        type=float,
+        default=0.0,
+        help="share of images decoded unquantised, so that codes don't miss features",
+    )
+    add("--bypass-until", type=int, default=0, help="the step at which that ends")
     add("--dropout-p", type=float, default=0.0)
     add("--freeze-encoder", action="store_true", help="train the decoder alone; existing codes stay valid")
     add("--image-size", type=int, default=256, help="side of the training crops")
@@ -238,6 +245,7 @@ def train(args: argparse.Namespace) -> None:
         if restart_every and step <= args.codebook_restart_until and step % restart_every == 0:
             restart_codes(raw, x, accelerator, optimizer)
 
+        raw.quantize.bypass = args.bypass if step < args.bypass_until else 0.0
         reconstruction, (vq, commit, entropy, usage) = forward(x)
         rec = args.reconstruction_weight * reconstruction_loss(args.reconstruction_loss, x, reconstruction)
         values = {"rec": rec}

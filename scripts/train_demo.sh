@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Make the demo models from nothing: data, tokenizer, codes, GPT on 12 x 12 tokens, GPT on 24 x 24, export.
+#
+#     bash scripts/train_demo.sh [RUNS [OUT]]      default: runs/demo and runs/demo/export
+#
+# About four hours on two CPU cores. Started again, it goes on where it was. The data set needs npm and Noto Color Emoji,
+# see build_emoji_dataset.sh. More training than these steps: raise VQ_STEPS, STAGE1_STEPS or STAGE2_STEPS and start again.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/scripts/setup_env.sh"
+setup_env "$root/requirements-data.txt"
+cd "$root"
+export PYTHON
+
+runs=${1:-runs/demo}
+out=${2:-$runs/export}
+data=data/emoji
+mkdir -p "$runs" "$out"
+
+[ -f $data/items.jsonl ] || bash scripts/build_emoji_dataset.sh
+
+# A tokenizer with 8 x 8 pixels a token, on crops of all four emoji sets at 96 to 192 pixels.
+bash scripts/train_vq.sh --data-path $data/train --val-path $data/val --val-images 256 --val-image-size 192 \
+    --vq-model VQ-8-Demo --image-size 96 --resize-range 1 3 --cache-images --num-workers 1 \
+    --perceptual-weight 0 --disc-weight 0 --reconstruction-loss l1l2 --color-weight 1 \
+    --codebook-restart-every 50 --codebook-restart-until 4000 \
+    --global-batch-size 16 --lr 1e-3 --lr-schedule cosine --lr-min 1e-5 --warmup-steps 100 --weight-decay 0.01 \
+    --ema --ema-decay 0.999 --mixed-precision none --max-steps "${VQ_STEPS:-6000}" \
+    --log-every 50 --eval-every 500 --ckpt-every 250 --results-dir "$runs/vq"
+"$PYTHON" autoregressive/train/export.py --run "$runs/vq" --out "$out/vq.safetensors"
+
+# One emoji set, 98 classes: the same images at 96 pixels (12 x 12 tokens) and at 192 (24 x 24).
+for size in 96 192; do
+    for split in train val; do
+        bash scripts/extract_codes_c2i.sh --data-path $data/$split --code-path "$runs/codes$size/$split" \
+            --classes '*_twemoji' --vq-model VQ-8-Demo --vq-ckpt "$out/vq.safetensors" --image-size $size \
+            --no-flip --num-workers 1
+    done
+done
+
+common=(--gpt-model GPT-Demo --vq-ckpt "$out/vq.safetensors" --dropout-p 0 --token-dropout-p 0 --mixed-precision none
+    --num-workers 0 --global-batch-size 16 --lr 1e-3 --warmup-steps 100 --ema --ema-decay 0.995
+    --top-k 200 --log-every 50)
+bash scripts/train_c2i.sh --code-path "$runs/codes96/train" --val-code-path "$runs/codes96/val" "${common[@]}" \
+    --max-steps "${STAGE1_STEPS:-2500}" --eval-every 500 --ckpt-every 250 --sample-every 1000 \
+    --results-dir "$runs/stage1"
+"$PYTHON" autoregressive/train/export.py --run "$runs/stage1" --out "$runs/stage1.safetensors" --dtype fp32
+bash scripts/train_c2i.sh --code-path "$runs/codes192/train" --val-code-path "$runs/codes192/val" "${common[@]}" \
+    --init-from "$runs/stage1.safetensors" --max-steps "${STAGE2_STEPS:-4000}" --eval-every 250 --ckpt-every 100 \
+    --sample-every 400 --results-dir "$runs/stage2"
+"$PYTHON" autoregressive/train/export.py --run "$runs/stage2" --out "$out/gpt_c2i.safetensors"
