@@ -56,23 +56,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = min(len(labels), max(4, math.isqrt(len(labels))))
 
     print(f"{len(labels)} images of {options.model.image_size} px, {blueprint.tokens} tokens each, on {state.device}")
-    sampler = Sampler(blueprint, options, state.device)
+    sampler = Sampler(blueprint, variants[0], state.device)
     panels, rows = [], []
     for variant in variants:
         sampler.cache = variant.cache_config()
         title = cache_title(sampler.cache, blueprint.tokens)
         print(f"sampling: {title}", file=sys.stderr, flush=True)
-        for count in (
-            [None, None] if options.model.compile else [8]
-        ):  # warm up; compiling settles after two whole images
-            sampler.tokens(cond, seeds, count=count)
-        sampler.images(
-            torch.zeros(1, blueprint.tokens, dtype=torch.long, device=state.device), options.model.image_size
-        )
+        warm_up = blueprint.tokens if options.model.compile else 8  # all graphs compile within one image
+        sampler.tokens(cond, seeds, count=warm_up)
+        sampler.images(torch.zeros(1, blueprint.tokens, dtype=torch.long), options.model.image_size)
         sampler.reset()
         images = sampler.images(sampler.tokens(cond, seeds), options.model.image_size)
         panels.append(image_grid(images, columns, captions))
-        rows.append((title, sampler.cache_report, sampler.seconds))
+        rows.append((title, sampler.cache_report, dict(sampler.seconds)))  # a copy: the next warm-up is timed as well
 
     print(table(rows, len(labels)))
     save_image_atomic(output, side_by_side(panels, [row[0] for row in rows]))

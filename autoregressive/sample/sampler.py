@@ -241,7 +241,7 @@ class Sampler:
         """
         parts = []
         with self._timed("vq"):
-            for part in tokens.split(8 if self.device.type == "cuda" else 1):
+            for part in tokens.to(self.device).split(8 if self.device.type == "cuda" else 1):
                 shape = (len(part), self.vq.config.codebook_embed_dim, self.grid, self.grid)
                 decoded = self.vq.decode_code(part, shape)
                 if decoded.shape[-1] != size:

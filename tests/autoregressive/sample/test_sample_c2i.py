@@ -23,7 +23,10 @@ def test_one_grid(models, tmp_path, capsys):
     assert not np.array_equal(images[0], images[2]), "the same class twice, with another seed"
 
 
-def test_compares_caches_on_the_same_noise(models, tmp_path, capsys):
+def test_compares_caches_on_the_same_noise(models, tmp_path, capsys, monkeypatch):
+    rows = []
+    table = sample_c2i.table
+    monkeypatch.setattr(sample_c2i, "table", lambda given, images: rows.extend(given) or table(given, images))
     output = tmp_path / "grid.png"
     flags = ["--output", str(output), "--class-labels", "1", "2", "--cache-local", "4"]
     sample_c2i.main([*models, *flags, "--compare", "full", "adsa-36", "window-8"])
@@ -33,6 +36,7 @@ def test_compares_caches_on_the_same_noise(models, tmp_path, capsys):
     assert (window[0], window[3]) == ("WINDOW-8", "8")
     assert float(window[4]) <= float(dense[2])
     assert whole[3] == "36"
+    assert rows[0][2] is not rows[1][2], "each has its own clock"
     with Image.open(output) as image:
         grid = np.asarray(image)
     panel = (grid.shape[1] - 16) // 3
