@@ -1,0 +1,91 @@
+"""Finding or making the environment, without any network."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project of the scripts alone, whose requirements are pip's, and a Python that says it lacks them."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("setup_env.sh", "check_requirements.py"):
+        shutil.copy(SCRIPTS / name, tmp_path / "scripts")
+    (tmp_path / "requirements.txt").write_text("pip>=1\n")
+    lacking = tmp_path / "python"
+    lacking.write_text(f'#!/bin/sh\ncase "$1" in *check_requirements.py) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    lacking.chmod(0o755)
+    return tmp_path
+
+
+def run(project, python=None, command='echo "$PYTHON"'):
+    """Call setup_env as the scripts do; pip finds no index, as when the network is broken."""
+    offline = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    return subprocess.run(
+        ["bash", "-c", f'set -euo pipefail; source "$0"; setup_env; {command}', project / "scripts" / "setup_env.sh"],
+        env=environment | offline | {"PYTHON": str(python or project / "python")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def check(path):
+    return subprocess.run(
+        [sys.executable, SCRIPTS / "check_requirements.py", path], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_requirements_are_checked(tmp_path):
+    path = tmp_path / "some.txt"
+    path.write_text("# comment\npip>=1  # and more\nno-such-thing>=3; python_version < '3'\n")
+    assert (check(path).returncode, check(path).stdout) == (0, "")
+    (tmp_path / "other.txt").write_text("-r some.txt\npip>=9999\nno-such-thing<2\n")
+    result = check(tmp_path / "other.txt")
+    assert result.returncode == 1
+    assert "pip>=9999: installed is" in result.stdout
+    assert "no-such-thing<2: not installed" in result.stdout
+
+
+def test_active_python_is_used_as_it_is(project):
+    result = run(project, python=sys.executable)
+    assert (result.returncode, result.stdout) == (0, f"{sys.executable}\n")
+    assert not (project / ".venv").exists()
+
+
+def test_venv_is_made_once(project):
+    result = run(project)
+    assert (result.returncode, result.stdout) == (0, f"{project}/.venv/bin/python\n"), result.stderr
+    made = (project / ".venv/pyvenv.cfg").stat().st_mtime_ns
+    start = time.perf_counter()
+    assert run(project).stdout == f"{project}/.venv/bin/python\n"
+    assert time.perf_counter() - start < 5, "a fraction of a second on an idle machine"
+
+    # New requirements, and no network; the second time too, as what failed isn't taken for done.
+    (project / "requirements.txt").write_text("no-such-thing-as-this==1\n")
+    for _ in range(2):
+        result = run(project)
+        assert result.returncode == 1
+        assert "error: pip could not install the requirements" in result.stderr
+        assert "check the network" in result.stderr
+        assert result.stdout == ""
+    assert (project / ".venv/pyvenv.cfg").stat().st_mtime_ns == made, "the same one, mended and not made anew"
+
+
+def test_unusable_python_is_told(project):
+    result = run(project, python="no-python-of-this-name")
+    assert result.returncode == 1
+    assert "'no-python-of-this-name' is no Python 3.10 or newer" in result.stderr
+
+
+def test_preload_is_harmless(project):
+    result = run(project, python=sys.executable, command='"$PYTHON" -c "print(7)"')
+    assert (result.stdout, result.stderr) == ("7\n", "")
