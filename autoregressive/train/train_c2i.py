@@ -100,6 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dropout-p", type=float, default=0.1, help="after attention and feed-forward; 0 if --drop-path-rate is set")
     add("--token-dropout-p", type=float, default=0.1)
     add("--drop-path-rate", type=float, default=0.0)
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the matrices of the layers")
     add("--vq-ckpt", type=Path, help="tokenizer weights, to draw sample grids")
     add("--sample-every", type=int, default=5000, help="steps between sample grids")
     add("--sample-classes", type=int, nargs="+", help="one image each; default: 32 spread evenly")
@@ -180,9 +181,11 @@ def train(args: argparse.Namespace) -> None:
     if held_out and held_out.meta["classes"] != data.meta["classes"]:
         raise TrainingError(f"{args.val_code_path} and {args.code_path} have different classes: extract both alike")
 
+    if args.optimizer == "muon" and args.mixed_precision == "fp16":
+        raise TrainingError("--optimizer muon has no loss scaling for --mixed-precision fp16; use bf16")
     torch.manual_seed(args.global_seed)
     model = build_model(args, data).to(device)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args, inner=lambda name: name.startswith("layers."))
     ema = Ema(model, args.ema_decay) if args.ema else None
     steps, step = total_steps(args, len(data)), 0
     checkpoint = load_latest_checkpoint(args.results_dir / "checkpoints")
@@ -201,7 +204,9 @@ def train(args: argparse.Namespace) -> None:
     loader = step_loader(data, args, step, accelerator)
 
     raw = model
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model = accelerator.prepare(model)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = accelerator.prepare(optimizer)
     forward = torch.compile(model) if args.compile else model
     raw.train()
     micro = args.global_batch_size // accelerator.num_processes // args.gradient_accumulation_steps

@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -128,15 +128,90 @@ def learning_rate(step: int, args: argparse.Namespace, steps: int) -> float:
     return args.lr_min + (args.lr - args.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace, weight_decay: float | None = None):
-    """AdamW over the trainable parameters, decaying those of two or more dimensions only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decay = args.weight_decay if weight_decay is None else weight_decay
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Bring all singular values of [..., m, n] matrices near 1, by Newton and Schulz's iteration of fifth order."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised, for matrices inside a network (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    Updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that AdamW's rate and decay serve.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One update. Matrices of one shape are orthogonalised together."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, parameters in by_shape.items():
+                updates = []
+                for p in parameters:
+                    state = self.state[p]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(state["momentum_buffer"], group["momentum"]))
+                scale = 0.2 * max(shape) ** 0.5
+                for p, update in zip(parameters, orthogonalize(torch.stack(updates)), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * scale)
+
+
+class Optimizers:
+    """Several optimizers of one model, in the interface of one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def state_dict(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace, inner: Callable[[str], bool] | None = None):
+    """AdamW over the trainable parameters, decaying those of two or more dimensions only.
+
+    With --optimizer muon, the two-dimensional parameters whose name satisfies `inner` are left to Muon.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = {}
+    if inner is not None and args.optimizer == "muon":
+        muon = {name: p for name, p in parameters.items() if p.dim() == 2 and inner(name)}
+    rest = [p for name, p in parameters.items() if name not in muon]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    return Optimizers(adamw, Muon(muon.values(), args.lr, weight_decay=args.weight_decay)) if muon else adamw
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

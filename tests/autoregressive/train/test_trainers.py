@@ -144,8 +144,9 @@ def test_vq_resume_is_exact(images, tmp_path, monkeypatch):
     assert "gen" not in log[2] and any("gen" in line and "disc" in line for line in log)  # GAN from step 3 on
 
 
-def test_gpt_resume_is_exact(codes, vq_ckpt, tmp_path, monkeypatch):
-    more = ("--vq-ckpt", str(vq_ckpt), "--sample-classes", "0", "2")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gpt_resume_is_exact(codes, vq_ckpt, tmp_path, monkeypatch, optimizer):
+    more = ("--vq-ckpt", str(vq_ckpt), "--sample-classes", "0", "2", "--optimizer", optimizer)
     train_c2i.main(gpt_flags(codes, tmp_path / "whole", *more))
     interrupted(train_c2i, gpt_flags(codes, tmp_path / "broken", *more), monkeypatch)
     assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")

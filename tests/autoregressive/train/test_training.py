@@ -12,6 +12,7 @@ from torch import nn
 from autoregressive.train.training import (
     Ema,
     JsonLog,
+    Muon,
     StepSampler,
     TrainingError,
     add_training_flags,
@@ -19,6 +20,7 @@ from autoregressive.train.training import (
     build_optimizer,
     learning_rate,
     load_latest_checkpoint,
+    orthogonalize,
     save_checkpoint,
     seed_step,
     swapped_weights,
@@ -91,6 +93,29 @@ def test_decay_is_for_matrices_only():
     model[0].weight.requires_grad_(False)
     groups = build_optimizer(nn.ModuleList([model, nn.Linear(2, 2)]), args).param_groups
     assert [(g["weight_decay"], [p.dim() for p in g["params"]]) for g in groups] == [(0.3, [2]), (0.0, [1] * 4)]
+
+
+def test_muon_takes_orthogonal_steps():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 48), (48, 16)):
+        singular = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        assert singular.min() > 0.5 and singular.max() < 1.3
+    weight = nn.Parameter(torch.zeros(16, 48))
+    optimizer = Muon([weight], lr=0.1)
+    weight.grad = torch.randn(16, 48)
+    optimizer.step()
+    # the size of an AdamW step: every entry about 0.2 lr
+    assert weight.detach().square().mean().sqrt().item() == pytest.approx(0.02, rel=0.3)
+    assert (weight * weight.grad).sum() < 0
+
+
+def test_muon_serves_inner_matrices_and_adamw_the_rest():
+    args = SimpleNamespace(lr=1.0, beta1=0.9, beta2=0.95, weight_decay=0.3, optimizer="muon")
+    model = nn.ModuleDict({"layers": nn.Linear(2, 3), "output": nn.Linear(3, 4)})
+    optimizer = build_optimizer(model, args, inner=lambda name: name.startswith("layers."))
+    adamw, muon = optimizer.optimizers
+    assert [p.shape for p in muon.param_groups[0]["params"]] == [(3, 2)]
+    assert sorted(tuple(p.shape) for g in adamw.param_groups for p in g["params"]) == [(3,), (4,), (4, 3)]
 
 
 def test_seeds_depend_on_step_and_rank():
