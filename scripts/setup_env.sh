@@ -25,7 +25,7 @@ _make_venv() {
         return 1
     }
     if ! "$PYTHON" "$_root/scripts/check_requirements.py" "${_requirements[@]}" >/dev/null 2>&1; then
-        echo "installing the requirements into $venv, this once (about 3 GB with CUDA)" >&2
+        echo "installing the requirements into $venv, this once (6 GB with CUDA)" >&2
         local file arguments=()
         for file in "${_requirements[@]}"; do arguments+=(-r "$file"); done
         # PyTorch without CUDA is a tenth of the size, and all that a machine without an NVIDIA GPU can use.

@@ -190,6 +190,8 @@ class Options:
         for key, value in positive.items():
             if value is not None and value < 1:
                 raise OptionError(f"{key} must be at least 1, not {value}")
+        if run.class_labels == []:
+            raise OptionError("run.class_labels names no class; leave it out for all")
         if not 0 <= run.seed < 2**63:
             raise OptionError(f"run.seed must be 0 to 2^63 - 1, not {run.seed}")
         if sampling.top_k < 0:

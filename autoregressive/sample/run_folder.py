@@ -226,7 +226,7 @@ class RunFolder:
             zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
             archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry,  # dated 1980, always
             ThreadPoolExecutor(WRITERS) as pool,
-            tqdm(total=self.total, desc="npz", unit=" images", leave=False, mininterval=bar_interval()) as bar,
+            tqdm(total=self.total, desc="npz", unit=" images", leave=False, disable=None) as bar,
         ):
             entry.write(header.getvalue())
             for start in range(0, self.total, 256):

@@ -1,4 +1,4 @@
-"""Finding or making the environment, without any network."""
+"""Finding or making the environment, without any network; and what the sampling script runs in it."""
 
 import os
 import shutil
@@ -89,3 +89,34 @@ def test_unusable_python_is_told(project):
 def test_preload_is_harmless(project):
     result = run(project, python=sys.executable, command='"$PYTHON" -c "print(7)"')
     assert (result.stdout, result.stderr) == ("7\n", "")
+
+
+@pytest.mark.parametrize(
+    "variables, flags, expected",
+    [
+        ({}, [], "sample_c2i.py --config {root}/configs/demo.yaml"),
+        ({}, ["--help"], "sample_c2i_ddp.py --help"),
+        ({"CONFIG": "configs/demo.yaml"}, [], "sample_c2i_ddp.py --config {root}/configs/demo.yaml"),
+        ({"CONFIG": "my.yaml"}, ["--top-k", "3"], "sample_c2i_ddp.py --config my.yaml --top-k 3"),
+        ({"NPROC": "2"}, [], "--nproc-per-node 2 {job} --config {root}/configs/demo.yaml"),
+        ({"NPROC": "2", "CONFIG": "my.yaml"}, [], "--nproc-per-node 2 {job} --config my.yaml"),
+    ],
+)
+def test_sampling_script(tmp_path, variables, flags, expected):
+    """From another folder; a config is looked for there, and then in the project."""
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/sh\ncase "$1" in *check_requirements.py) exit 0;; esac\necho "$@"\n')
+    echo.chmod(0o755)
+    (tmp_path / "my.yaml").touch()
+    environment = {name: value for name, value in os.environ.items() if name not in ("CONFIG", "NPROC")}
+    result = subprocess.run(
+        ["bash", SCRIPTS / "sample_c2i.sh", *flags],
+        cwd=tmp_path,
+        env=environment | variables | {"PYTHON": str(echo)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    job = SCRIPTS.parent / "autoregressive/sample/sample_c2i_ddp.py"
+    assert result.stdout.strip().endswith(expected.format(root=SCRIPTS.parent, job=job))
