@@ -23,10 +23,10 @@ mkdir -p "$runs" "$out"
 # A tokenizer with 8 x 8 pixels a token, on crops of all four emoji sets at 96 to 192 pixels.
 bash scripts/train_vq.sh --data-path $data/train --val-path $data/val --val-images 256 --val-image-size 192 \
     --vq-model VQ-8-Demo --image-size 96 --resize-range 1 3 --cache-images --num-workers 1 \
-    --perceptual-weight 0 --disc-weight 0 --reconstruction-loss l1l2 --color-weight 1 \
-    --codebook-restart-every 50 --codebook-restart-until 4000 \
+    --perceptual-weight 0 --disc-weight 0 --reconstruction-loss l1l2 --color-weight 2 \
+    --bypass 0.5 --bypass-until 3000 --codebook-restart-every 50 --codebook-restart-until 3000 \
     --global-batch-size 16 --lr 1e-3 --lr-schedule cosine --lr-min 1e-5 --warmup-steps 100 --weight-decay 0.01 \
-    --ema --ema-decay 0.999 --mixed-precision none --max-steps "${VQ_STEPS:-6000}" \
+    --ema --ema-decay 0.999 --mixed-precision none --max-steps "${VQ_STEPS:-4000}" \
     --log-every 50 --eval-every 500 --ckpt-every 250 --results-dir "$runs/vq"
 "$PYTHON" autoregressive/train/export.py --run "$runs/vq" --out "$out/vq.safetensors"
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from autoregressive.models.checkpoint import load_model
 from autoregressive.models.gpt import ModelArgs, Transformer
-from autoregressive.train import export, extract_codes_c2i, train_c2i
+from autoregressive.train import export, extract_codes_c2i, plot_log, train_c2i
 from tokenizer.tokenizer_image import reconstruction, vq_train
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
@@ -223,6 +224,15 @@ def test_export(codes, tmp_path):
         assert torch.equal(tensor, ema[name].half().float()), name
     with pytest.raises(SystemExit, match="has no checkpoints"):
         export.main(["--run", str(tmp_path / "absent"), "--out", str(out)])
+
+
+def test_plot_of_a_log(codes, tmp_path):
+    train_c2i.main(gpt_flags(codes, tmp_path / "run", "--max-steps", "2"))
+    plot_log.main([str(tmp_path / "run"), "--out", str(tmp_path / "curves.png")])
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 2 * picture.height  # two panels side by side
+    with pytest.raises(SystemExit, match=r"absent/log\.jsonl"):
+        plot_log.main([str(tmp_path / "absent"), "--out", str(tmp_path / "none.png")])
 
 
 def test_two_processes_make_the_same_steps_as_one(codes, images, tmp_path):
