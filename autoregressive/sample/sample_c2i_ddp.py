@@ -54,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder,
         run.per_proc_batch_size,
         settings=run_settings(options, blueprint, state.device) | {"run.class_labels": run.class_labels and drawn},
-        details={"config": asdict(options)},
+        details={
+            "config": asdict(options),
+            "seeds": "seeds.npy: numpy's SeedSequence(run.seed, spawn_key=(index,)) each",
+        },
         files={"labels.npy": npy_bytes(labels), "seeds.npy": npy_bytes(seeds)},
         seeds=seeds,
         load=lambda: Sampler(blueprint, options, state.device),

@@ -65,7 +65,7 @@ def test_refused_before_sampling(models, tmp_path, flags, told):
 def test_as_a_command(models, tmp_path):
     """From another working directory; errors are one line, without a traceback."""
     job = start("sample_c2i.py", *models, "--output", str(tmp_path / "grid.png"), "--class-labels", "nothing")
-    _, err = job.communicate(timeout=120)
+    _, err = job.communicate(timeout=300)
     assert job.returncode == 1
     assert "error: run.class_labels: 'nothing' is no class" in err
     assert "Traceback" not in err
