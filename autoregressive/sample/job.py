@@ -239,6 +239,7 @@ _FREE = {
     "run.class_names",
     "run.compare",
     "run.cpu",
+    "run.grid_labels",
     "run.output",
     "run.per_proc_batch_size",
     "run.sample_dir",

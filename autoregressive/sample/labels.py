@@ -48,7 +48,7 @@ class Classes:
             self._names = list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
         return self._names or [f"class {i}" for i in range(self.count)]
 
-    def ids(self, labels: Sequence[str], key: str = "run.class_labels") -> list[int]:
+    def ids(self, labels: Sequence[str], key: str) -> list[int]:
         """Class ids from ids or names. Raises OptionError for what is neither, or a name that several classes have."""
         found = []
         for label in labels:

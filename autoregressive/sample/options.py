@@ -127,7 +127,14 @@ class RunOptions:
 
     seed: int = option(0, "every image's own seed is made from this and its index", flags=("--global-seed", "--seed"))
     class_labels: Sequence[str] | None = option(
-        None, "class ids or names; default: all classes in turn, or in a grid a fixed few", metavar="CLASS"
+        None, "ids or names of the classes that a job samples; default: all", metavar="CLASS", script="job"
+    )
+    grid_labels: Sequence[str] | None = option(
+        None,
+        "class ids or names, one for each image of a grid; default: a few",
+        flags=("--class-labels",),
+        metavar="CLASS",
+        script="grid",
     )
     class_names: str | None = option(
         None,
@@ -190,8 +197,9 @@ class Options:
         for key, value in positive.items():
             if value is not None and value < 1:
                 raise OptionError(f"{key} must be at least 1, not {value}")
-        if run.class_labels == []:
-            raise OptionError("run.class_labels names no class; leave it out for all")
+        for key in ("class_labels", "grid_labels"):
+            if getattr(run, key) == []:
+                raise OptionError(f"run.{key} names no class; leave it out for the default")
         if not 0 <= run.seed < 2**63:
             raise OptionError(f"run.seed must be 0 to 2^63 - 1, not {run.seed}")
         if sampling.top_k < 0:

@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     blueprint = Blueprint(options.model, state.device)
     classes = Classes(options.model, options.run)
-    labels = classes.few() if options.run.class_labels is None else classes.ids(options.run.class_labels)
+    given = options.run.grid_labels
+    labels = classes.few() if given is None else classes.ids(given, "run.grid_labels")
     cond, seeds = torch.tensor(labels), torch.from_numpy(image_seeds(options.run.seed, len(labels)))
     captions = [classes.names[label] for label in labels]
     columns = min(len(labels), max(4, math.isqrt(len(labels))))

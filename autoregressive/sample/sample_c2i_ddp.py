@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.image_size_eval = min(256, options.model.image_size)
 
     classes = Classes(options.model, run)
-    drawn = list(range(classes.count)) if run.class_labels is None else classes.ids(run.class_labels)
+    given = run.class_labels
+    drawn = list(range(classes.count)) if given is None else classes.ids(given, "run.class_labels")
     labels = assign(drawn, run.num_fid_samples, run.label_distribution, run.seed)
     seeds = image_seeds(run.seed, run.num_fid_samples)
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         state,
         folder,
         run.per_proc_batch_size,
-        settings=run_settings(options, blueprint, state.device) | {"run.class_labels": run.class_labels and drawn},
+        settings=run_settings(options, blueprint, state.device) | {"run.class_labels": given and drawn},
         details={
             "config": asdict(options),
             "seeds": "seeds.npy: numpy's SeedSequence(run.seed, spawn_key=(index,)) each",

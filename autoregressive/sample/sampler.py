@@ -223,7 +223,6 @@ class Sampler:
                 self.gpt,
                 cond.to(self.device),
                 count,
-                emb_masks=None if masks is None else masks.to(self.device),
                 cfg_scale=options.cfg_scale,
                 cfg_interval=options.cfg_interval,
                 temperature=options.temperature,

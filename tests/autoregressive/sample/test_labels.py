@@ -28,7 +28,7 @@ def test_uniform():
 
 
 def test_names_and_numbers(tiny):
-    assert classes(tiny).ids(["3", "thing a", "Thing J", "3"]) == [3, 0, 9, 3]
+    assert classes(tiny).ids(["3", "thing a", "Thing J", "3"], "run.class_labels") == [3, 0, 9, 3]
     assert classes(tiny).names[2] == "thing c"
     assert classes(tiny).few() == [0, 1, 2, 3, 5, 6, 7, 8]
 
@@ -41,16 +41,21 @@ def test_without_names(tmp_path):
 def test_imagenet(tmp_path):
     imagenet = classes(tmp_path, 1000)
     assert imagenet.few() == list(LLAMAGEN_LABELS)
-    assert imagenet.ids(["golden retriever", "Otter", "Cardigan", "cardigan"]) == [207, 360, 264, 474]
+    assert imagenet.ids(["golden retriever", "Otter", "Cardigan", "cardigan"], "run.class_labels") == [
+        207,
+        360,
+        264,
+        474,
+    ]
     with pytest.raises(OptionError, match=r"'CARDIGAN' stands for the classes \[264, 474\]: give the number"):
-        imagenet.ids(["CARDIGAN"])
+        imagenet.ids(["CARDIGAN"], "run.class_labels")
 
 
 def test_refused(tiny, tmp_path):
-    with pytest.raises(OptionError, match=r"class 10 is not among the model's 0 to 9"):
-        classes(tiny).ids(["10"])
+    with pytest.raises(OptionError, match=r"run\.class_labels: class 10 is not among the model's 0 to 9"):
+        classes(tiny).ids(["10"], "run.class_labels")
     with pytest.raises(OptionError, match=r"'thin a' is no class \(did you mean thing a\?\)"):
-        classes(tiny).ids(["thin a"])
+        classes(tiny).ids(["thin a"], "run.class_labels")
     with pytest.raises(OptionError, match="expected a list of 11 names"):
         classes(tiny, 11)
     with pytest.raises(OptionError, match=r"nowhere\.json"):

@@ -67,5 +67,5 @@ def test_as_a_command(models, tmp_path):
     job = start("sample_c2i.py", *models, "--output", str(tmp_path / "grid.png"), "--class-labels", "nothing")
     _, err = job.communicate(timeout=300)
     assert job.returncode == 1
-    assert "error: run.class_labels: 'nothing' is no class" in err
+    assert "error: run.grid_labels: 'nothing' is no class" in err
     assert "Traceback" not in err
