@@ -19,23 +19,47 @@ from adsa.similarity import RunningSimilarity
 
 # Scores become fixed-point numbers with the position in the low bits: one integer order, ties included.
 _FRACTION = 2.0**28
+_LARGEST = 1e5
 _POSITION_BITS = 18
 
 
 def _ranks(score: Tensor, position: Tensor) -> Tensor:
     """int64 keys whose order is that of (score, position). ``[B, G, N]`` each."""
-    return ((score.double() * _FRACTION).round().long() << _POSITION_BITS) + position
+    wide = score.to(torch.promote_types(score.dtype, torch.float32)).clamp(-_LARGEST, _LARGEST)
+    return ((wide * _FRACTION).round().long() << _POSITION_BITS) + position
+
+
+def fold_bias(n: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scores of the slots that stand for n tokens of score 0 and one common value: exponentials that sum to n.
+
+    One slot with ln(n) does; but in half precision ln(n) would be off by a percent, and there two slots share n.
+
+    Args:
+        n: ``[B]``, at least float32.
+        dtype: of the result.
+
+    Returns:
+        ``[B, 1]`` or ``[B, 2]``.
+    """
+    if torch.finfo(dtype).bits >= 32:
+        return n.log().unsqueeze(-1).to(dtype)
+    most = (n.log() * (1 - torch.finfo(dtype).eps)).to(dtype)  # never above ln(n), however it is rounded
+    rest = (n - most.to(n.dtype).exp()).log()
+    return torch.stack([most, rest.to(dtype)], dim=-1)
 
 
 class LayerCache:
-    """Keys and values of one layer, for ``batch`` rows that each choose for themselves.
+    """Keys and values of one layer.
+
+    Each of the ``batch`` rows chooses for itself, and so do the two halves of guidance, which the paper leaves open.
 
     Args:
         config: what to keep.
         batch: rows B, both halves of guidance included.
         n_kv_head: H.
         head_dim: D.
-        condition_tokens: T, how many tokens come before the image. Never evicted, not in the budget, not in Eq. 3.
+        condition_tokens: T, how many tokens come before the image. Never evicted. The paper leaves open whether they
+            count within the budget and within the mean of Eq. 3; here they do neither.
         max_tokens: image tokens that will be decoded.
         dtype: of keys and values, unless ``config.dtype`` says otherwise.
         device: where.
@@ -59,6 +83,8 @@ class LayerCache:
         device: torch.device | str,
         valid: Tensor | None = None,
     ):
+        if valid is not None and valid.shape != (batch, condition_tokens):
+            raise ValueError(f"valid must be [{batch}, {condition_tokens}] (rows, condition), not {[*valid.shape]}")
         if max_tokens >= 1 << _POSITION_BITS:
             raise ValueError(
                 f"max_tokens {max_tokens} is beyond the {1 << _POSITION_BITS} positions a cache can tell apart"
@@ -73,32 +99,40 @@ class LayerCache:
         self.capacity = self.budget if self.evicts else max_tokens
         self.count = 0
 
-        self.valid = valid
+        # What is added to scores takes the queries' dtype, but on the CPU, whose kernels take float32 as well.
+        wide = torch.promote_types(dtype, torch.float32) if torch.device(device).type == "cpu" else dtype
+        self.condition_tokens = condition_tokens
         self.folds = config.fold_condition and condition_tokens > 1
-        self.condition_slots = 1 if self.folds else condition_tokens
+        self.condition_slots = fold_bias(torch.ones(1), wide).shape[-1] if self.folds else condition_tokens
         size = self.condition_slots + self.capacity
         self._k = torch.zeros(batch, n_kv_head, size, head_dim, dtype=dtype, device=device)
         self._v = torch.zeros_like(self._k)
         # Added to attention scores: what padding and folding need. None where every score counts as it is.
         self._bias = None
         if self.folds or valid is not None:
-            # ln(n) in half precision would be off by a percent. Only the CPU's kernels take a wider bias than their q.
-            wide = torch.promote_types(dtype, torch.float32) if torch.device(device).type == "cpu" else dtype
             self._bias = torch.zeros(batch, 1, 1, size, dtype=wide, device=device)
         self._has_condition = condition_tokens == 0
+        self._valid = None if valid is None else valid.to(device=device, dtype=torch.bool)
 
+        joint = config.granularity == "layer"
+        self.groups = 1 if joint else n_kv_head
         self._positions = self._order = self.similarity = None
-        if self.evicts or self.selects:
-            joint = config.granularity == "layer"
-            groups = 1 if joint else n_kv_head
+        if self.evicts:
             positions = torch.arange(self.capacity, dtype=torch.int32, device=device)
-            self._positions = positions.expand(batch, groups, -1).contiguous()
-            if self.policy.needs_similarity:
-                self.similarity = RunningSimilarity(
-                    batch, n_kv_head, self.capacity, head_dim, joint=joint, dtype=dtype, device=device
-                )
+            self._positions = positions.expand(batch, self.groups, -1).contiguous()
+        ranked = config.renew_every if self.evicts else self.budget - self.prefix - self.local
+        if self.selects or (self.evicts and ranked > 1):
+            self._order = torch.zeros(batch, self.groups, ranked, dtype=torch.int64, device=device)
+        if self.policy.needs_similarity and (self.evicts or self.selects):
+            self.similarity = RunningSimilarity(
+                batch, n_kv_head, self.capacity, head_dim, joint=joint, dtype=dtype, device=device
+            )
 
     # What policies see: the image tokens now cached, N of them.
+
+    @property
+    def used(self) -> bool:
+        return self.count > 0 or (self._has_condition and self.condition_tokens > 0)
 
     @property
     def filled(self) -> int:
@@ -117,6 +151,9 @@ class LayerCache:
     @property
     def positions(self) -> Tensor:
         """Positions of the cached image tokens, int32 ``[B, G, N]``; G = H by head, 1 by layer."""
+        if self._positions is None:  # nothing is ever evicted, so slots are in raster order
+            raster = torch.arange(self.filled, dtype=torch.int32, device=self._k.device)
+            return raster.expand(self._k.shape[0], self.groups, -1)
         return self._positions[:, :, : self.filled]
 
     # The two things a cache does: take tokens in, and attend.
@@ -134,8 +171,9 @@ class LayerCache:
             ``[B, Hq, S, D]``, in the dtype of ``q``.
         """
         if not self._has_condition:
+            mask = self._condition_mask(q)
             self.insert_condition(k, v)
-            return _attention(q, k, v, self._condition_mask(q))
+            return _attention(q, k, v, mask)
         keys, values, bias = self.update(k, v)
         return _attention(q.to(keys.dtype), keys, values, bias).to(q.dtype)
 
@@ -144,21 +182,31 @@ class LayerCache:
 
         Folding: keys of zero give each of the n valid tokens the score 0, so together they are exactly one token
         with the score ln(n) and the mean of their values.
+
+        Raises:
+            ValueError: for another number of tokens than the cache was made for, or a second time.
         """
+        if self._has_condition or k.shape[2] != self.condition_tokens:
+            raise ValueError(
+                f"the cache takes {self.condition_tokens} condition tokens, once; these are {k.shape[2]}, "
+                f"after {self.count} image tokens"
+            )
         self._has_condition = True
+        valid, self._valid = self._valid, None
         slots = slice(0, self.condition_slots)
         if self.folds:
             wide = torch.promote_types(v.dtype, torch.float32)
-            weight = torch.ones(v.shape[0], v.shape[2], device=v.device) if self.valid is None else self.valid
-            weight = weight.to(wide)[:, None, :, None]  # [B, 1, T, 1]
-            n = weight.sum(2, keepdim=True)
-            self._v[:, :, slots] = (v * weight).sum(2, keepdim=True) / n.clamp(min=1)
-            self._bias[..., slots] = n.log()
+            weight = torch.ones(v.shape[0], v.shape[2], device=v.device) if valid is None else valid
+            weight = weight.to(wide)
+            n = weight.sum(1)
+            mean = (v * weight[:, None, :, None]).sum(2, keepdim=True) / n.clamp(min=1).view(-1, 1, 1, 1)
+            self._v[:, :, slots] = mean
+            self._bias[..., slots] = fold_bias(n, self._bias.dtype)[:, None, None]
             return
         self._k[:, :, slots] = k
         self._v[:, :, slots] = v
-        if self.valid is not None:
-            self._bias[..., slots].masked_fill_(~self.valid[:, None, None, :], -torch.inf)
+        if valid is not None:
+            self._bias[..., slots].masked_fill_(~valid[:, None, None, :], -torch.inf)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Take in one image token, evicting another if there is no room.
@@ -169,7 +217,15 @@ class LayerCache:
         Returns:
             Keys and values to attend to, ``[B, H, C + N, D]`` with the condition first, and a bias
             ``[B, 1, 1, C + N]`` to add to the scores, or None.
+
+        Raises:
+            ValueError: for several tokens at once, before the condition, or beyond ``max_tokens``.
         """
+        if not self._has_condition or k.shape[2] != 1:
+            raise ValueError(
+                f"update takes one image token at a time, after the condition's {self.condition_tokens}; these are "
+                f"{k.shape[2]}, {'after' if self._has_condition else 'before'} it"
+            )
         k, v = k.to(self._k.dtype), v.to(self._v.dtype)
         if self.count < self.capacity:
             self._append(k, v)
@@ -206,31 +262,29 @@ class LayerCache:
         """
         step = (self.count - self.capacity) % self.config.renew_every
         if step == 0:
-            ranks = _ranks(self.policy.score(self), self.positions)
-            fixed = (self.positions < self.prefix) | (self.positions > self.count - self.local)
-            ranks = ranks.masked_fill(fixed, torch.iinfo(torch.int64).max)
-            if self.config.renew_every == 1:
-                return ranks.argmin(-1, keepdim=True)
-            self._order = ranks.topk(self.config.renew_every, largest=False, sorted=True).indices
+            first = self.prefix  # the prefix never leaves the first slots
+            positions = self.positions[..., first:]
+            ranks = _ranks(self.policy.score(self)[..., first:], positions)
+            ranks = ranks.masked_fill(positions > self.count - self.local, torch.iinfo(torch.int64).max)
+            if self._order is None:
+                return ranks.argmin(-1, keepdim=True) + first
+            self._order.copy_(ranks.topk(self._order.shape[-1], largest=False, sorted=True).indices + first)
         return self._order[:, :, step : step + 1]
 
     def _selection(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and bias of condition, prefix, the chosen, and local (Eqs. 1-5); slots are in raster order."""
-        count, kept = self.count, self.budget - self.prefix - self.local
+        count, kept = self.count, self._order.shape[-1]
         if (count - self.budget - 1) % self.config.renew_every == 0:
             previous = slice(self.prefix, count - self.local)
             score, position = self.policy.score(self)[..., previous], self.positions[..., previous]
             ranks = _ranks(score, (1 << _POSITION_BITS) - 1 - position)
-            self._order = ranks.topk(kept).indices + self.prefix
-        batch, groups = self._order.shape[:2]
-        slots = [
-            torch.arange(self.prefix + self.condition_slots, device=self._k.device).expand(batch, groups, -1),
-            self._order + self.condition_slots,
-            torch.arange(count - self.local, count, device=self._k.device).expand(batch, groups, -1)
-            + self.condition_slots,
-        ]
-        index = torch.cat(slots, dim=-1).unsqueeze(-1)
-        index = index.expand(batch, self._k.shape[1], -1, self._k.shape[3])
+            self._order.copy_(ranks.topk(kept).indices + self.prefix)
+        raster = torch.arange(self.condition_slots + count, device=self._k.device)
+        batch, heads, _, dim = self._k.shape
+        raster = raster.expand(batch, self.groups, -1)
+        first, last = raster[..., : self.condition_slots + self.prefix], raster[..., -self.local :]
+        index = torch.cat([first, self._order + self.condition_slots, last], dim=-1).unsqueeze(-1)
+        index = index.expand(batch, heads, -1, dim)
         bias = None if self._bias is None else self._bias[..., : index.shape[2]]  # image slots all have bias 0
         return self._k.gather(2, index), self._v.gather(2, index), bias
 
@@ -240,9 +294,9 @@ class LayerCache:
         if length == 1:
             return None
         causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-        if self.valid is None:
+        if self._valid is None:
             return causal
-        return (causal & self.valid[:, None, None, :]) | torch.eye(length, dtype=torch.bool, device=q.device)
+        return (causal & self._valid[:, None, None, :]) | torch.eye(length, dtype=torch.bool, device=q.device)
 
     # The cache as a thing that takes up memory.
 
@@ -255,7 +309,7 @@ class LayerCache:
 
     def keep_rows(self, rows: int) -> None:
         """Forget all but the first ``rows`` rows, and free their memory."""
-        for name in ("_k", "_v", "_bias", "_positions", "_order", "valid"):
+        for name in ("_k", "_v", "_bias", "_positions", "_order"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor[:rows].clone())
@@ -268,12 +322,19 @@ class KVCache:
 
     def __init__(self, config: CacheConfig, *, n_layer: int, **shape):
         self.config = config
+        self.batch: int = shape["batch"]
+        self.max_tokens: int = shape["max_tokens"]
         self.layers = [LayerCache(config, **shape) for _ in range(n_layer)]
 
     @property
     def slots(self) -> int:
         """Image tokens that a step attends to at most."""
         return self.layers[0].budget
+
+    @property
+    def used(self) -> bool:
+        """Whether any token has come in."""
+        return self.layers[0].used
 
     @property
     def condition_slots(self) -> int:
@@ -291,6 +352,7 @@ class KVCache:
 
     def keep_rows(self, rows: int) -> None:
         """Forget all but the first ``rows`` rows of the batch, as when guidance ends."""
+        self.batch = rows
         for layer in self.layers:
             layer.keep_rows(rows)
 

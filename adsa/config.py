@@ -20,9 +20,11 @@ class CacheConfig:
         budget: slots for image tokens, per layer and row. Condition tokens are held apart and don't count.
         prefix: n, how many of the first image tokens always stay. None: the policy's default for the budget.
         local: m, how many of the most recent always stay, the newest included. None: likewise.
-        granularity: "head" if each attention head chooses for itself, "layer" if the heads of a layer choose together.
-        mode: "evict" (what leaves is gone, memory is bounded by the budget) or "select" (the whole history stays in
-            memory, and the choice is made anew: a token left out can come back).
+        granularity: "head" if each attention head chooses for itself, "layer" if the heads of a layer choose together,
+            by their V side by side. The paper leaves it open.
+        mode: "evict" (what leaves is gone, memory is bounded by the budget; the paper's tables) or "select" (the whole
+            history stays in memory, and the choice is made anew: a token left out can come back. Each step copies the
+            chosen keys and values together).
         renew_every: how many steps one ranking serves; 1 is the paper.
         dtype: of the cache: "fp32", "fp16", "bf16" or "fp64"; None: the model's.
         fold_condition: hold text tokens, whose keys are zero in LlamaGen, as one slot that is exactly their sum. Only
@@ -105,6 +107,8 @@ class CacheConfig:
         if self.local is not None:
             local = self.local
             prefix = min(prefix, self.budget - local) if self.prefix is None else prefix
+        elif self.mode == "evict":  # a ranking that serves many steps needs that many tokens to choose from
+            local = min(local, self.budget - prefix - self.renew_every + 1)
         return prefix, max(local, 1)
 
     @property

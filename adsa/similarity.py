@@ -80,7 +80,8 @@ class RunningSimilarity:
             ``[B, G, N]`` in the dtype of the sums, rounded so that equal features have equal scores.
         """
         count = v.shape[2]
-        dots = torch.matmul(v, self.total.to(v.dtype).unsqueeze(-1)).squeeze(-1).to(self.total.dtype)
+        # In half precision a product is rounded to 8 or 11 bits, too few to rank by, and may overflow.
+        dots = (self.total.unsqueeze(2) @ v.to(self.total.dtype).mT).squeeze(2)
         if self.joint:
             dots = dots.sum(1, keepdim=True)
         tie = TIE.get(v.dtype, TIE_SINGLE)

@@ -6,7 +6,10 @@ from adsa.policies.base import Policy
 
 
 class Adsa(Policy):
-    """Eq. 4: the tokens whose V is, on average, least similar to that of all cached tokens stay."""
+    """Eq. 4: the tokens whose V is, on average, least similar to that of all cached tokens stay.
+
+    The paper's prose once says the opposite, against its own equation and purpose; the equation holds here.
+    """
 
     name = "adsa"
     needs_similarity = True

@@ -24,7 +24,7 @@ class Policy:
     needs_similarity: ClassVar[bool] = False
 
     def split(self, budget: int) -> tuple[int, int]:
-        """The (prefix, local) that this policy takes of a budget where the config names none."""
+        """The (prefix, local) that this policy takes of a budget where the config names none; the paper names none."""
         return budget // 8, budget // 2
 
     def score(self, layer: "LayerCache") -> Tensor:
@@ -35,6 +35,7 @@ class Policy:
                 image tokens now in it and G = H for a choice per head, 1 for one per layer.
 
         Returns:
-            ``[B, G, N]``, within +-100 000. Ties go to the lowest position.
+            ``[B, G, N]``, within +-100 000. Of equal scores the lowest position is evicted first (mode "evict") or
+            kept first (mode "select").
         """
         raise NotImplementedError

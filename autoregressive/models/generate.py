@@ -17,6 +17,8 @@ def new_cache(
     cache: CacheConfig | None = None,
 ) -> KVCache:
     """The cache that :func:`generate` makes for these arguments; ``batch`` counts images."""
+    if emb_masks is not None and model.config.model_type == "c2i":
+        raise ValueError("a class-conditional model has no text to mask: emb_masks must be None")
     rows = 2 if cfg_scale > 1.0 else 1
     valid = None if emb_masks is None else emb_masks.bool().repeat(rows, 1)
     return model.new_cache(cache or CacheConfig(policy="full"), rows * batch, max_new_tokens, valid)
@@ -54,7 +56,8 @@ def generate(
         cache: what to keep (:class:`adsa.CacheConfig`). None: everything.
         seeds: int ``[B]``, one per image. The noise of an image depends on its seed alone, not on the batch. None:
             drawn from torch's global generator.
-        kv: a cache from :func:`new_cache`, for callers who want to look at it afterwards. None: made here.
+        kv: an unused cache from :func:`new_cache`, for callers who want to look at it; it stands for ``emb_masks`` and
+            ``cache``, which are then not given. None: made here.
 
     Returns:
         int64 ``[B, N]`` on the device of ``cond``. While decoding, tokens leave for host memory (section 4.2 of the
@@ -68,12 +71,21 @@ def generate(
         raise ValueError("generate needs the model in eval mode: call model.eval() first")
     if not 1 <= max_new_tokens <= model.config.block_size:
         raise ValueError(f"max_new_tokens must be 1 to {model.config.block_size} (block_size), not {max_new_tokens}")
-    if seeds is None:
-        seeds = torch.randint(2**62, (batch,))
-    if len(seeds) != batch:
-        raise ValueError(f"{len(seeds)} seeds for {batch} images: generate takes one per image")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 or more, not {temperature}")
+    _check_condition(model, cond)
+    seeds = torch.randint(2**62, (batch,)) if seeds is None else torch.as_tensor(seeds)
+    if seeds.shape != (batch,):
+        raise ValueError(f"seeds of shape {[*seeds.shape]} for {batch} images: generate takes one per image")
     if kv is None:
         kv = new_cache(model, batch, max_new_tokens, emb_masks, cfg_scale, cache)
+    elif emb_masks is not None or cache is not None:
+        raise ValueError("emb_masks and cache belong to new_cache when kv is given")
+    elif (kv.used, kv.batch) != (False, batch * (1 + (cfg_scale > 1.0))) or kv.max_tokens < max_new_tokens:
+        raise ValueError(
+            f"kv is {'used' if kv.used else 'unused'} and has {kv.batch} rows for {kv.max_tokens} tokens; needed is an "
+            f"unused one for {batch} images, cfg_scale {cfg_scale} and {max_new_tokens} tokens: make it by new_cache"
+        )
 
     noise = uniform_noise(seeds, max_new_tokens).T.contiguous().to(device) if sample_logits else None
     pinned = device.type == "cuda"
@@ -103,3 +115,18 @@ def generate(
     if pinned:
         torch.cuda.synchronize(device)
     return tokens.T.contiguous().to(device)
+
+
+def _check_condition(model: Transformer, cond: Tensor) -> None:
+    """Raises ValueError for classes or features that the model has no embedding for."""
+    if model.config.model_type == "c2i":
+        classes = model.config.num_classes
+        if cond.ndim != 1 or cond.is_floating_point():
+            raise ValueError(f"class ids must be whole numbers [B], not {cond.dtype} {[*cond.shape]}")
+        if len(cond) and not 0 <= int(cond.min()) <= int(cond.max()) <= classes:
+            raise ValueError(
+                f"class ids must be 0 to {classes - 1} (or {classes}, the null class); these are {int(cond.min())} to "
+                f"{int(cond.max())}"
+            )
+    elif cond.ndim != 3:
+        raise ValueError(f"text features must be [B, T, caption_dim], not {[*cond.shape]}")

@@ -46,7 +46,8 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         int64 ``[B]``; never a token of probability 0.
     """
-    cdf = probs.cumsum(-1)
+    # A parallel sum in float32 is not monotone: a token of probability 0 could be hit. (MPS has no float64.)
+    cdf = probs.cumsum(-1, dtype=probs.dtype if probs.device.type == "mps" else torch.float64)
     total = cdf[:, -1]
     target = torch.minimum(uniform.to(total.dtype) * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cdf, target.unsqueeze(-1), right=True).squeeze(-1)

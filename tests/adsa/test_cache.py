@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from adsa import CacheConfig, KVCache, LayerCache
+from adsa.cache import fold_bias
 from adsa.policies import POLICIES
+from adsa.similarity import TIE_SINGLE, mean_cosine_similarity
 
 B, H, D, TOKENS = 3, 2, 8, 40
 BOUNDED = sorted(set(POLICIES) - {"full"})
@@ -97,7 +99,7 @@ def test_evicting_cache_holds_what_it_says(way):
     start = {name: (t.data_ptr(), t.shape) for name, t in cache.tensors().items()}
 
     def watch(cache):
-        now = {name: (t.data_ptr(), t.shape) for name, t in cache.tensors().items() if name != "order"}
+        now = {name: (t.data_ptr(), t.shape) for name, t in cache.tensors().items()}
         assert now == start
         positions = cache.positions
         newest = cache.count - 1
@@ -149,10 +151,48 @@ def test_half_precision_cache(policy, dtype):
     out, expected = run(half, q, k, v), run(full, q, k, v)
     assert out.dtype == torch.float32 and half.k.dtype == dtype
     assert half.tensors()["k"].nbytes * 2 == full.tensors()["k"].nbytes
-    same = (half.positions.sort().values == full.positions.sort().values).all(-1).all(-1)
     if policy != "adsa":  # positions do not depend on rounding
-        assert same.all()
+        assert torch.equal(half.positions.sort().values, full.positions.sort().values)
     torch.testing.assert_close(out[:, :, :16], expected[:, :, :16], atol=0.03, rtol=0)  # until the first choice
+
+
+@pytest.mark.parametrize("granularity", ["head", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("common", [0.0, 1.0, 3.0])
+def test_victims_are_the_most_redundant(dtype, granularity, common):
+    """In any precision, by Eqs. 2-4 in float64 on the same values; ``common``: how alike all tokens are."""
+    tokens, budget, prefix, local = 96, 32, 4, 8
+    q, k, v = stream(tokens)
+    v = ((v + common * torch.ones(D)) * 50).to(dtype)  # large enough that their sums overflow float16
+    q, k = q.to(dtype), k.to(dtype)
+    cache = layer(CacheConfig("adsa", budget, prefix, local, granularity), tokens, dtype=dtype)
+    cached = [set(range(budget)) for _ in range(B * cache.groups)]
+
+    def watch(cache):
+        p = cache.count - 1
+        if p < budget:
+            return
+        features = v[:, :, 1:].double()
+        features = features.transpose(1, 2).flatten(2).unsqueeze(1) if granularity == "layer" else features
+        for row, positions in enumerate(cache.positions.flatten(0, 1).tolist()):
+            before = sorted(cached[row])
+            (gone,) = cached[row] - set(positions)
+            score = mean_cosine_similarity(features.flatten(0, 1)[row, before])
+            previous = [i for i, j in enumerate(before) if prefix <= j <= p - local]
+            assert before.index(gone) in previous
+            assert score[before.index(gone)] >= score[previous].max() - 2 * TIE_SINGLE
+            cached[row] = set(positions)
+
+    run(cache, q, k, v, watch=watch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_two_slots_of_half_precision_weigh_n(dtype):
+    n = torch.arange(1, 257).float()
+    weight = fold_bias(n, dtype).double().exp().sum(-1)
+    torch.testing.assert_close(weight, n.double(), rtol=4e-4, atol=0)
+    assert fold_bias(torch.zeros(1), dtype).tolist() == [[-torch.inf, -torch.inf]]
+    torch.testing.assert_close(fold_bias(n, torch.float64).exp().sum(-1).float(), n)
 
 
 @pytest.mark.parametrize("lengths", [(1, 5, 9), (9, 9, 9), (4, 2, 7)])
@@ -193,30 +233,47 @@ def test_condition_attention_masks_padding():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("mode", "renew_every"), [("evict", 1), ("evict", 5), ("select", 1)])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_nbytes(policy, dtype):
-    """Bytes allocated are those of the formula, and nothing is allocated later that outgrows it."""
-    cfg = CacheConfig("full") if policy == "full" else config(policy)
+def test_nbytes(policy, mode, renew_every, dtype):
+    """Bytes allocated are those of the formula, and nothing is allocated later."""
+    cfg = CacheConfig("full") if policy == "full" else config(policy, "head", mode, renew_every)
     shape = {"batch": B, "n_kv_head": H, "head_dim": D, "condition_tokens": 1, "max_tokens": TOKENS}
     kv = KVCache(cfg, n_layer=4, dtype=dtype, device="cpu", **shape)
-    slots = TOKENS if policy == "full" else 16
+    budget = TOKENS if policy == "full" else 16
+    slots = TOKENS if mode == "select" else budget
     keys_and_values = 2 * 4 * B * H * (1 + slots) * D * dtype.itemsize
-    positions = 0 if policy == "full" else 4 * B * H * slots * 4
+    positions = 0 if slots == TOKENS else 4 * B * H * slots * 4
+    order = 0 if policy == "full" else 4 * B * H * 8 * (8 if mode == "select" else renew_every * (renew_every > 1))
     sums = 4 * B * H * (D + slots) * 4 if POLICIES[policy].needs_similarity else 0
-    assert kv.slots == slots
+    expected = keys_and_values + positions + order + sums
+    assert kv.slots == budget
     assert kv.kv_nbytes() == keys_and_values
-    assert kv.nbytes() == keys_and_values + positions + sums
+    assert kv.nbytes() == expected
     for cache in kv.layers:
         run(cache, *stream(dtype=dtype))
-    assert kv.nbytes() == keys_and_values + positions + sums
+    assert kv.nbytes() == expected
     kv.keep_rows(1)
-    assert kv.nbytes() * B == keys_and_values + positions + sums
+    assert kv.nbytes() * B == expected
 
 
 def test_too_many_tokens():
     q, k, v = stream(tokens=5)
     with pytest.raises(ValueError, match="made for 4 image tokens"):
         run(layer(CacheConfig("full"), tokens=4), q, k, v)
+
+
+def test_out_of_order_is_refused():
+    q, k, v = stream(condition=3)
+    with pytest.raises(ValueError, match="takes 3 condition tokens, once; these are 2"):
+        layer(CacheConfig("full"), condition=3).attend(*(t[:, :, :2] for t in (q, k, v)))
+    with pytest.raises(ValueError, match="1, before it"):
+        layer(CacheConfig("full"), condition=3).update(k[:, :, :1], v[:, :, :1])
+    with pytest.raises(ValueError, match="these are 2, after it"):
+        run(layer(CacheConfig("full"), condition=1), *(t[:, :, :3] for t in (q, k, v)), condition=1)  # fine so far
+        layer(CacheConfig("full"), condition=0).attend(*(t[:, :, :2] for t in (q, k, v)))
+    with pytest.raises(ValueError, match=r"valid must be \[3, 3\]"):
+        layer(CacheConfig("full"), condition=3, valid=torch.ones(3, 4, dtype=torch.bool))
 
 
 def test_no_condition():

@@ -42,6 +42,7 @@ def test_splits():
     assert CacheConfig("adsa", 256, local=240).split == (16, 240)
     assert CacheConfig("streaming", 256).split == (32, 224)
     assert CacheConfig("window", 256).split == (0, 256)
+    assert CacheConfig("window", 256, renew_every=8).split == (0, 249)  # evicting by age, 8 at a time
     assert CacheConfig("full").slots(576) == 576
     assert CacheConfig("adsa", 256).slots(576) == 256
     assert CacheConfig("adsa", 256).slots(100) == 100

@@ -114,7 +114,11 @@ def test_half_precision_model(t2i, cache, dtype):
     assert tokens.min() >= 0 and tokens.max() < 64 and len(tokens.unique()) > 8
 
 
-@pytest.mark.parametrize("cache", [None, CACHES["adsa"], CacheConfig("adsa", 12, 3, 4, renew_every=3)], ids=str)
+@pytest.mark.parametrize(
+    "cache",
+    [None, CACHES["adsa"], CacheConfig("adsa", 12, 3, 4, renew_every=3), CACHES["adsa-layer-select"]],
+    ids=["dense", "evict", "renew", "select"],
+)
 def test_compiled_equals_eager_without_recompiling_every_step(model, cache):
     labels, seeds = torch.tensor([1, 5]), torch.tensor([1, 2])
     eager = generate(model, labels, TOKENS, cfg_scale=2.0, cache=cache, seeds=seeds)
@@ -134,12 +138,32 @@ def test_compiled_equals_eager_without_recompiling_every_step(model, cache):
     [
         ({"max_new_tokens": 0}, "1 to 36"),
         ({"max_new_tokens": 37}, "1 to 36 .block_size., not 37"),
-        ({"seeds": torch.arange(3)}, "3 seeds for 2 images"),
+        ({"seeds": torch.arange(3)}, r"seeds of shape \[3\] for 2 images"),
+        ({"temperature": -1.0}, "temperature must be 0 or more, not -1.0"),
+        ({"cond": torch.tensor([1, 11])}, "0 to 9 .or 10, the null class.; these are 1 to 11"),
+        ({"cond": torch.tensor([[1], [2]])}, r"whole numbers \[B\]"),
+        ({"emb_masks": torch.ones(2, 1)}, "no text to mask"),
     ],
 )
 def test_bad_arguments(model, change, message):
     with pytest.raises(ValueError, match=message):
         generate(model, **({"cond": torch.tensor([1, 2]), "max_new_tokens": 4} | change))
+
+
+def test_kv_must_fit(model):
+    cond, cache = torch.tensor([1, 2]), CacheConfig("window", 12)
+    kv = new_cache(model, 2, 8, cache=cache)
+    tokens = generate(model, cond, 8, seeds=torch.arange(2), kv=kv)
+    assert torch.equal(tokens, generate(model, cond, 8, seeds=torch.arange(2), cache=cache))
+    fresh = new_cache(model, 2, 8)
+    for change, message in (
+        ({"kv": kv}, "kv is used"),
+        ({"kv": fresh, "cache": cache}, "belong to new_cache"),
+        ({"kv": fresh, "cfg_scale": 2.0}, "unused and has 2 rows for 8 tokens"),
+        ({"kv": fresh, "max_new_tokens": 9}, "unused and has 2 rows for 8 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, **({"cond": cond, "max_new_tokens": 8} | change))
 
 
 def test_training_mode_is_refused():
@@ -154,6 +178,28 @@ def test_guidance_needs_a_null_class():
     assert generate(model, torch.tensor([0]), 4).shape == (1, 4)
     with pytest.raises(ValueError, match="no null class"):
         generate(model, torch.tensor([0]), 4, cfg_scale=2.0)
+
+
+def test_temperature_then_top_k_then_top_p():
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).log()  # probabilities 0.4, 0.3, 0.2, 0.1
+    cases = {
+        (1.0, 0, 1.0): [0.4, 0.3, 0.2, 0.1],
+        (0.5, 0, 1.0): [16 / 30, 9 / 30, 4 / 30, 1 / 30],
+        (1.0, 2, 1.0): [4 / 7, 3 / 7, 0, 0],
+        (1.0, 0, 0.6): [4 / 7, 3 / 7, 0, 0],
+        (0.5, 0, 0.53): [1, 0, 0, 0],  # temperature first: at 1, two tokens are needed for 0.53
+        (1.0, 3, 0.74): [4 / 7, 3 / 7, 0, 0],  # of the best three, two have 7/9; of all four, three are needed for 0.74
+    }
+    for (temperature, top_k, top_p), expected in cases.items():
+        result = sampling.probabilities(logits, temperature, top_k, top_p)
+        torch.testing.assert_close(result, torch.tensor([expected], dtype=torch.float32), atol=1e-6, rtol=0)
+
+
+def test_zero_temperature_is_greedy(model):
+    cond = torch.tensor([1, 5])
+    assert torch.equal(
+        generate(model, cond, TOKENS, temperature=0.0), generate(model, cond, TOKENS, sample_logits=False)
+    )
 
 
 def test_draw_follows_the_distribution():
