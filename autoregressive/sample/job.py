@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -83,22 +84,21 @@ def run_job(
     Raises:
         RunError: see :class:`RunFolder`; also if another process failed.
     """
-    missing = set(_opened(state, folder, settings, details | _session(state, batch_size), files))
-    bounds = [(start, min(start + batch_size, folder.total)) for start in range(0, folder.total, batch_size)]
-    batches = [range(*bound) for bound in bounds if not missing.isdisjoint(range(*bound))]
-    if batches:
-        with _Progress(folder, show=state.is_main_process):
-            mine = batches[state.process_index :: state.num_processes]
-            report = _sample(state, folder, mine, seeds, load, conditions)
-            reports = _meet(lambda: gather_object([report]))
-        if state.is_main_process:
-            folder.note(status="sampled", **_summary(reports))
-    if state.is_main_process:
-        if batches or not folder.npz.exists() or folder.record["status"] != "complete":
+    with closing(folder):
+        missing = set(_opened(state, folder, settings, details | _session(state, batch_size), files))
+        bounds = [(start, min(start + batch_size, folder.total)) for start in range(0, folder.total, batch_size)]
+        batches = [range(*bound) for bound in bounds if not missing.isdisjoint(range(*bound))]
+        if batches:
+            with _Progress(folder, show=state.is_main_process):
+                mine = batches[state.process_index :: state.num_processes]
+                report = _sample(state, folder, mine, seeds, load, conditions)
+                reports = _meet(lambda: gather_object([report]))
+            if state.is_main_process:
+                folder.note(status="sampled", **_summary(reports))
+        if state.is_main_process and (batches or not folder.npz.exists() or folder.record["status"] != "complete"):
             start = time.perf_counter()
             folder.write_npz()
             folder.note(status="complete", npz_seconds=round(time.perf_counter() - start, 3))
-        folder.close()
     return folder.record
 
 
