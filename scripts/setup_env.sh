@@ -28,11 +28,6 @@ _make_venv() {
         echo "installing the requirements into $venv, this once (6 GB with CUDA)" >&2
         local file arguments=()
         for file in "${_requirements[@]}"; do arguments+=(-r "$file"); done
-        # PyTorch without CUDA is a tenth of the size, and all that a machine without an NVIDIA GPU can use.
-        if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null &&
-            curl -fsIm 5 https://download.pytorch.org/whl/cpu/ >/dev/null 2>&1; then
-            arguments+=(--extra-index-url https://download.pytorch.org/whl/cpu)
-        fi
         "$PYTHON" -m pip install --quiet "${arguments[@]}" || {
             echo "error: pip could not install the requirements, see above. If it could not reach the package index, check" \
                 "the network (a proxy: HTTPS_PROXY; a mirror: PIP_INDEX_URL) and run this again: it goes on from here" >&2
