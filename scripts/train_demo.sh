@@ -35,7 +35,7 @@ for size in 96 192; do
     for split in train val; do
         bash scripts/extract_codes_c2i.sh --data-path $data/$split --code-path "$runs/codes$size/$split" \
             --classes '*_twemoji' --vq-model VQ-8-Demo --vq-ckpt "$out/vq.safetensors" --image-size $size \
-            --no-flip --num-workers 1
+            --no-flip --blank --num-workers 1
     done
 done
 

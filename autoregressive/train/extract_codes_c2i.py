@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -81,6 +82,16 @@ class VariantDataset(Dataset):
         return index, torch.stack([image_to_tensor(view) for view in variants(image, self.args, index)]), ""
 
 
+def blank_tokens(images: Tensor, downsample: int) -> Tensor:
+    """Which tokens of images [B, 3, H, W] are pure white, and their eight neighbours too: bool [B, tokens].
+
+    A tokenizer that sees the whole image gives such tokens hundreds of codes that all decode to white. A GPT would
+    spend itself on predicting which; with one code for all, a plain background costs next to nothing.
+    """
+    ink = 1 - images.amin(1, keepdim=True)
+    return (F.max_pool2d(ink, 3 * downsample, downsample, downsample) == 0).flatten(1)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -101,6 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="leave out images that can't be decoded, and list them in meta.json",
     )
+    add("--blank", action="store_true", help="one code for all tokens that are white to beyond their neighbours")
     add("--batch-size", type=int, default=32, help="images per process, each with its variants")
     add("--global-seed", type=int, default=0)
     add("--num-workers", type=int, default=24)
@@ -153,6 +165,8 @@ def extract(args: argparse.Namespace) -> None:
     if args.image_size % downsample:
         raise ExtractError(f"--image-size {args.image_size} is not a multiple of {args.vq_model}'s {downsample} pixels")
 
+    white = torch.ones(1, 3, args.image_size, args.image_size, device=accelerator.device)
+    blank_code = model.encode(white)[2][2].mode().values.item() if args.blank else None
     files, labels, classes = select_classes(args.data_path, args.classes)
     views = ((5 if args.ten_crop else 1) + args.jitter) * (2 if args.flip else 1)
     shape = (len(files), views, (args.image_size // downsample) ** 2)
@@ -173,7 +187,10 @@ def extract(args: argparse.Namespace) -> None:
         batch = [(index, images) for index, images, _ in batch if images is not None]
         if batch:
             x = torch.cat([images for _, images in batch]).to(accelerator.device)
-            found = model.encode(x)[2][2].view(len(batch), views, -1).cpu().numpy()
+            found = model.encode(x)[2][2].view(len(x), -1)
+            if args.blank:
+                found[blank_tokens(x, downsample)] = blank_code
+            found = found.view(len(batch), views, -1).cpu().numpy()
             for (index, _), code in zip(batch, found, strict=True):
                 codes[index] = code
     codes.flush()
@@ -190,6 +207,7 @@ def extract(args: argparse.Namespace) -> None:
         "codes_used": int(np.unique(codes[labels >= 0]).size),
         "image_size": args.image_size,
         "downsample_size": downsample,
+        "blank_code": blank_code,
         "images": int((labels >= 0).sum()),
         "variants": views,
         "tokens": shape[2],

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from autoregressive.models.checkpoint import load_model
-from autoregressive.train.extract_codes_c2i import main
+from autoregressive.train.extract_codes_c2i import blank_tokens, main
 from tokenizer.tokenizer_image.images import center_crop, image_to_tensor, load_rgb
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
@@ -62,6 +62,26 @@ def test_variants_and_classes(images, vq_ckpt, tmp_path):
     assert ten.shape == (9, 10, 64)
     with pytest.raises(SystemExit, match="no images in matching"):
         run(images, vq_ckpt, tmp_path / "none", "--classes", "*_c")
+
+
+def test_blank_tokens_get_one_code(images, vq_ckpt, tmp_path):
+    x = torch.ones(1, 3, 16, 24)
+    x[0, 1, 5, 9] = 0.9  # in row 1, column 2 of the 4 x 6 tokens of 4 x 4 pixels
+    blank = torch.ones(4, 6, dtype=torch.bool)
+    blank[0:3, 1:4] = False
+    assert torch.equal(blank_tokens(x, 4).view(4, 6), blank)
+
+    picture = np.full((32, 32, 3), 255, np.uint8)
+    picture[:4, :4] = 0
+    Image.fromarray(picture).save(images / "0_red_a" / "0.png")
+    plain, _, _ = run(images, vq_ckpt, tmp_path / "plain")
+    codes, _, meta = run(images, vq_ckpt, tmp_path / "blank", "--blank")
+    white = encode(vq_ckpt, Image.new("RGB", (32, 32), (255, 255, 255)))
+    assert meta["blank_code"] == np.bincount(white).argmax()
+    inked = np.zeros((8, 8), bool)
+    inked[:2, :2] = True
+    assert np.array_equal(codes[0, 0], np.where(inked.ravel(), plain[0, 0], meta["blank_code"]))
+    assert np.array_equal(codes[1:], plain[1:])
 
 
 def test_a_corrupt_image_is_named_and_the_job_can_go_on(images, vq_ckpt, tmp_path):
