@@ -3,7 +3,7 @@
 #
 #     bash scripts/train_demo.sh [RUNS [OUT]]      default: runs/demo and runs/demo/export
 #
-# About four hours on two CPU cores. Started again, it goes on where it was. The data set needs npm and Noto Color Emoji,
+# About four hours on two CPU cores (AVX-512, no GPU). Started again, it goes on where it was. The data set needs npm and Noto Color Emoji,
 # see build_emoji_dataset.sh. More training than these steps: raise VQ_STEPS, STAGE1_STEPS or STAGE2_STEPS and start again.
 set -euo pipefail
 
@@ -40,13 +40,12 @@ for size in 96 192; do
 done
 
 common=(--gpt-model GPT-Demo --vq-ckpt "$out/vq.safetensors" --dropout-p 0 --token-dropout-p 0 --mixed-precision none
-    --num-workers 0 --global-batch-size 16 --lr 1e-3 --warmup-steps 100 --ema --ema-decay 0.995
-    --top-k 200 --log-every 50)
+    --num-workers 0 --optimizer muon --lr 1.5e-3 --warmup-steps 50 --ema --top-k 200 --log-every 25)
 bash scripts/train_c2i.sh --code-path "$runs/codes96/train" --val-code-path "$runs/codes96/val" "${common[@]}" \
-    --max-steps "${STAGE1_STEPS:-2500}" --eval-every 500 --ckpt-every 250 --sample-every 1000 \
-    --results-dir "$runs/stage1"
+    --global-batch-size 32 --ema-decay 0.99 --max-steps "${STAGE1_STEPS:-600}" --eval-every 200 --ckpt-every 100 \
+    --sample-every 300 --results-dir "$runs/stage1"
 "$PYTHON" autoregressive/train/export.py --run "$runs/stage1" --out "$runs/stage1.safetensors" --dtype fp32
 bash scripts/train_c2i.sh --code-path "$runs/codes192/train" --val-code-path "$runs/codes192/val" "${common[@]}" \
-    --init-from "$runs/stage1.safetensors" --max-steps "${STAGE2_STEPS:-4000}" --eval-every 250 --ckpt-every 100 \
-    --sample-every 400 --results-dir "$runs/stage2"
+    --global-batch-size 16 --ema-decay 0.98 --max-steps "${STAGE2_STEPS:-1600}" --lr-schedule cosine --lr-min 1e-5 \
+    --init-from "$runs/stage1.safetensors" --eval-every 200 --ckpt-every 50 --sample-every 200 --results-dir "$runs/stage2"
 "$PYTHON" autoregressive/train/export.py --run "$runs/stage2" --out "$out/gpt_c2i.safetensors"
