@@ -11,6 +11,7 @@ made. A model for larger images may start from one trained on smaller ones by --
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -181,8 +182,6 @@ def train(args: argparse.Namespace) -> None:
     if held_out and held_out.meta["classes"] != data.meta["classes"]:
         raise TrainingError(f"{args.val_code_path} and {args.code_path} have different classes: extract both alike")
 
-    if args.optimizer == "muon" and args.mixed_precision == "fp16":
-        raise TrainingError("--optimizer muon has no loss scaling for --mixed-precision fp16; use bf16")
     torch.manual_seed(args.global_seed)
     model = build_model(args, data).to(device)
     optimizer = build_optimizer(model, args, inner=lambda name: name.startswith("layers."))
@@ -231,18 +230,20 @@ def train(args: argparse.Namespace) -> None:
                 save_samples(args.results_dir / "samples" / f"{step:07d}.png", raw, vq, data, args)
             raw.train()
 
-    stop, meter = StopSignal(), Meter()
+    stop, meter = StopSignal(accelerator), Meter()
     saved = step
-    while step < steps and not stop.requested:
+    while step < steps and not stop.agreed(step):
         seed_step(args.global_seed, step, rank)
         codes, labels = (t.to(device, non_blocking=True) for t in next(loader))
         rate = learning_rate(step, args, steps)
         set_learning_rate(optimizer, rate)
         loss = torch.zeros((), device=device)
-        for part, label in zip(codes.split(micro), labels.split(micro), strict=True):
-            _, part_loss = forward(idx=part[:, :-1], cond_idx=label, targets=part)
-            part_loss = part_loss / args.gradient_accumulation_steps
-            accelerator.backward(part_loss)
+        for i, (part, label) in enumerate(zip(codes.split(micro), labels.split(micro), strict=True), 1):
+            last = i == args.gradient_accumulation_steps
+            with nullcontext() if last else accelerator.no_sync(model):
+                _, part_loss = forward(idx=part[:, :-1], cond_idx=label, targets=part)
+                part_loss = part_loss / args.gradient_accumulation_steps
+                accelerator.backward(part_loss)
             loss += part_loss.detach()
         values = {"loss": loss}
         if args.max_grad_norm:

@@ -46,7 +46,7 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     add("--max-grad-norm", type=float, default=1.0, help="0: no clipping")
     add("--ema", action=argparse.BooleanOptionalAction, default=False, help="keep an average of the weights as well")
     add("--ema-decay", type=float, default=0.9999)
-    add("--mixed-precision", choices=("none", "fp16", "bf16"), default="bf16")
+    add("--mixed-precision", choices=("none", "bf16"), default="bf16")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the model")
     add("--no-local-save", action="store_true", help="write logs but no checkpoints")
     add("--log-every", type=int, default=100, help="steps")
@@ -58,7 +58,7 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults) -> None:
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     """Devices, ranks and precision. Raises TrainingError if the batch does not divide evenly."""
-    accelerator = Accelerator(mixed_precision={"none": "no"}.get(args.mixed_precision, args.mixed_precision))
+    accelerator = Accelerator(mixed_precision="no" if args.mixed_precision == "none" else args.mixed_precision)
     parts = accelerator.num_processes * args.gradient_accumulation_steps
     if args.global_batch_size % parts:
         raise TrainingError(
@@ -331,10 +331,10 @@ def _logged_step(line: str) -> float:
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into `stop.requested`, so that a run ends with a checkpoint after the step it is in."""
+    """Turns SIGTERM and SIGINT into the end of a run after the step it is in, with a checkpoint."""
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, accelerator: Accelerator):
+        self.requested, self.accelerator = False, accelerator
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request)
 
@@ -342,6 +342,19 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+    def agreed(self, step: int) -> bool:
+        """Whether to stop before step `step`.
+
+        Several processes, whose signals come at different times, agree on it every tenth step: one that stopped alone
+        would leave the others waiting for its gradients.
+        """
+        if self.accelerator.num_processes == 1:
+            return self.requested
+        if step % 10:
+            return False
+        flag = torch.tensor(float(self.requested), device=self.accelerator.device)
+        return self.accelerator.reduce(flag, "sum").item() > 0
 
 
 class Meter:

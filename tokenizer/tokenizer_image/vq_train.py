@@ -235,9 +235,9 @@ def train(args: argparse.Namespace) -> None:
         save_pictures(args.results_dir / "samples" / f"{step:07d}.png", validation, reconstructions)
 
     restart_every = args.codebook_restart_every
-    stop, meter = StopSignal(), Meter()
+    stop, meter = StopSignal(accelerator), Meter()
     saved = step
-    while step < steps and not stop.requested:
+    while step < steps and not stop.agreed(step):
         seed_step(args.global_seed, step, rank)
         x = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last)
         rate = learning_rate(step, args, steps)
@@ -258,8 +258,9 @@ def train(args: argparse.Namespace) -> None:
             loss = loss + args.perceptual_weight * perceptual
         gan_now = gan and step >= args.disc_start
         if gan_now:
-            discriminator.requires_grad_(False)
-            adversarial = generator_loss(args.gen_loss, discriminator(reconstruction))
+            # not through DDP, which would wait for gradients of the discriminator
+            critic = accelerator.unwrap_model(discriminator).requires_grad_(False)
+            adversarial = generator_loss(args.gen_loss, critic(reconstruction))
             weight = args.disc_weight
             if args.disc_adaptive_weight:
                 weight = weight * adaptive_weight(loss, adversarial, raw.decoder.last_layer)
@@ -279,7 +280,7 @@ def train(args: argparse.Namespace) -> None:
 
         if gan_now:
             set_learning_rate(disc_optimizer, rate)
-            discriminator.requires_grad_(True)
+            critic.requires_grad_(True)
             logits = discriminator(torch.cat([x, reconstruction.detach()]))
             values["disc"] = disc = discriminator_loss(args.disc_loss, *logits.chunk(2))
             accelerator.backward(disc)

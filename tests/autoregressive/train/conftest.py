@@ -11,6 +11,10 @@ from autoregressive.models import gpt
 from autoregressive.train import train_c2i
 from tokenizer.tokenizer_image import vq_model
 
+TINY_GPT = {"dim": 32, "n_layer": 2, "n_head": 2, "multiple_of": 32}
+TINY_VQ = {"ch": 8, "encoder_ch_mult": [1, 2, 2], "decoder_ch_mult": [1, 2, 2], "num_res_blocks": 1}
+TINY_VQ |= {"z_channels": 16, "codebook_size": 32}
+
 
 @pytest.fixture(autouse=True)
 def one_thread_and_own_signals():
@@ -26,11 +30,10 @@ def one_thread_and_own_signals():
 @pytest.fixture
 def tiny_models(monkeypatch):
     def vq(**kwargs):
-        sizes = {"ch": 8, "encoder_ch_mult": [1, 2, 2], "decoder_ch_mult": [1, 2, 2], "num_res_blocks": 1}
-        return vq_model.VQModel(vq_model.ModelArgs(**{**sizes, "z_channels": 16, "codebook_size": 32, **kwargs}))
+        return vq_model.VQModel(vq_model.ModelArgs(**TINY_VQ | kwargs))
 
     def tiny_gpt(**kwargs):
-        return gpt.Transformer(gpt.ModelArgs(dim=32, n_layer=2, n_head=2, multiple_of=32, **kwargs))
+        return gpt.Transformer(gpt.ModelArgs(**TINY_GPT, **kwargs))
 
     monkeypatch.setitem(vq_model.VQ_models, "VQ-Tiny", vq)
     monkeypatch.setitem(train_c2i.GPT_models, "GPT-Tiny", tiny_gpt)

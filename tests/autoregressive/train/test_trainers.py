@@ -17,6 +17,7 @@ from safetensors import safe_open
 from autoregressive.models.checkpoint import load_model
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.train import export, extract_codes_c2i, plot_log, train_c2i
+from tests.autoregressive.train.conftest import TINY_GPT, TINY_VQ
 from tokenizer.tokenizer_image import reconstruction, vq_train
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
@@ -235,25 +236,34 @@ def test_plot_of_a_log(codes, tmp_path):
         plot_log.main([str(tmp_path / "absent"), "--out", str(tmp_path / "none.png")])
 
 
+STARTER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from autoregressive.models import gpt
+from autoregressive.train import train_c2i
+from tokenizer.tokenizer_image import vq_model, vq_train
+
+train_c2i.GPT_models["GPT-Tiny"] = lambda **kwargs: gpt.Transformer(gpt.ModelArgs(**kwargs, **TINY_GPT))
+vq_model.VQ_models["VQ-Tiny"] = lambda **kwargs: vq_model.VQModel(vq_model.ModelArgs(**TINY_VQ | kwargs))
+gpt_flags, vq_flags = json.loads(sys.argv[2])
+train_c2i.main(gpt_flags)
+vq_train.main(vq_flags)
+"""
+
+
 def test_two_processes_make_the_same_steps_as_one(codes, images, tmp_path):
-    flags = ["--dropout-p", "0", "--token-dropout-p", "0", "--class-dropout-prob", "0", "--sample-every", "100"]
-    flags = gpt_flags(codes, tmp_path / "one", "--gradient-accumulation-steps", "1", "--max-steps", "3", *flags)
-    train_c2i.main(flags)
-    conftest = Path(__file__).with_name("conftest.py")
+    def gpt_run(name):
+        plain = ["--dropout-p", "0", "--token-dropout-p", "0", "--class-dropout-prob", "0", "--max-steps", "3"]
+        return gpt_flags(codes, tmp_path / name, *plain, "--sample-every", "100", "--eval-every", "1")
+
+    train_c2i.main(gpt_run("one"))
     starter = tmp_path / "start.py"
-    starter.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from autoregressive.models import gpt\n"
-        "from autoregressive.train import train_c2i\n"
-        "train_c2i.GPT_models['GPT-Tiny'] = lambda **kw: gpt.Transformer(\n"
-        "    gpt.ModelArgs(dim=32, n_layer=2, n_head=2, multiple_of=32, **kw))\n"
-        "train_c2i.main()\n"
-    )
-    assert "dim=32, n_layer=2, n_head=2, multiple_of=32" in conftest.read_text()  # the same model as there
-    flags[flags.index(str(tmp_path / "one"))] = str(tmp_path / "two")
+    starter.write_text(f"TINY_GPT, TINY_VQ = {TINY_GPT!r}, {TINY_VQ!r}\n{STARTER}")
+    flags = json.dumps([gpt_run("two"), vq_flags(images, tmp_path / "vq", "--disc-start", "1")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(starter)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        [*command, str(ROOT), flags], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (
@@ -263,6 +273,9 @@ def test_two_processes_make_the_same_steps_as_one(codes, images, tmp_path):
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)
     losses = [[line["val_loss"] for line in log_of(tmp_path / run) if "val_loss" in line] for run in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    tokenizer = log_of(tmp_path / "vq")  # its batch statistics are each process's own, so no equality
+    assert [line["step"] for line in tokenizer if "disc" in line] == [2, 3, 4, 5, 6]
+    assert all(np.isfinite(line["loss"]) for line in tokenizer if "loss" in line)
 
 
 def test_what_cannot_start_says_why(codes, images, tmp_path):
