@@ -20,7 +20,7 @@ _make_venv() {
     mkdir -p "$venv" || return 1
     exec 9>"$venv/.lock"
     if command -v flock >/dev/null; then flock 9; fi # one at a time; the second finds everything there
-    [ -x "$PYTHON" ] || "$_active" -m venv "$venv" || {
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || "$_active" -m venv "$venv" || {
         echo "error: could not make $venv; on Debian and Ubuntu: apt install python3-venv" >&2
         return 1
     }

@@ -6,9 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from autoregressive.sample.options import ModelOptions, OptionError, RunOptions, near
+from autoregressive.sample.options import ModelOptions, OptionError, Options, RunOptions, near
 
 LLAMAGEN_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)  # of its demo, for the 1000 classes of ImageNet
+
+
+def require_classes(options: Options) -> None:
+    """Raises OptionError for a text-conditional model, which has no classes to sample."""
+    if options.model.gpt_type != "c2i":
+        raise OptionError(f"model.gpt_type is {options.model.gpt_type}, and this script samples classes (c2i)")
 
 
 class Classes:

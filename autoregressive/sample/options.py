@@ -439,8 +439,11 @@ def parse_options(
         ):  # a flag that asks for the dense cache needs no budget that the file gave
             for key in ("budget", "prefix", "local"):
                 values.get("cache", {}).pop(key, None)
+        if given.keys() & {"cache.policy", "cache.budget"}:  # flags that ask for one cache, against a file's several
+            values.get("run", {}).pop("compare", None)
         for name, value in given.items():
             section, key = name.split(".")
+            value = None if value == [None] else value  # the word none, for a list
             values.setdefault(section, {})[key] = value
         for name, section in values.items():
             for key, value in section.items():

@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from autoregressive.sample.job import guarded, start_processes  # noqa: E402
-from autoregressive.sample.labels import Classes  # noqa: E402
+from autoregressive.sample.labels import Classes, require_classes  # noqa: E402
 from autoregressive.sample.options import OptionError, Options, SamplingOptions, parse_options  # noqa: E402
 from autoregressive.sample.sampler import Blueprint, Sampler, cache_title, image_seeds  # noqa: E402
 from tokenizer.tokenizer_image.images import image_grid, save_image_atomic  # noqa: E402
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(output.parent, os.W_OK):
         raise OptionError(f"run.output: {output.parent} can't be written to; give --output FILE.png")
+    require_classes(options)
     variants = compared(options)
     state = start_processes(options.run.cpu)
     if state.num_processes > 1:

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from autoregressive.sample.job import guarded, run_job, run_name, run_settings, start_processes, told  # noqa: E402
-from autoregressive.sample.labels import Classes, assign  # noqa: E402
+from autoregressive.sample.labels import Classes, assign, require_classes  # noqa: E402
 from autoregressive.sample.options import Options, parse_options  # noqa: E402
 from autoregressive.sample.run_folder import RunFolder, npy_bytes  # noqa: E402
 from autoregressive.sample.sampler import Blueprint, Sampler, image_seeds  # noqa: E402
@@ -37,6 +37,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these arguments; None: the process's own."""
     options = parse_options(Options(), argv, script="job", description=DESCRIPTION, examples=EXAMPLES)
+    require_classes(options)
     state = start_processes(options.run.cpu)
     blueprint = Blueprint(options.model, state.device)
     run = options.run

@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from autoregressive.models.checkpoint import CheckpointError, load_model
+from autoregressive.train.training import TrainingError, join_processes
 from tokenizer.tokenizer_image.images import (
     ImageError,
     center_crop,
@@ -153,7 +153,7 @@ def open_codes(path: Path, shape: tuple[int, ...], codebook_size: int, create: b
 @torch.no_grad()
 def extract(args: argparse.Namespace) -> None:
     """Fill the code folder; see the module's docstring."""
-    accelerator = Accelerator()
+    accelerator = join_processes()
     rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if (args.code_path / "meta.json").exists():
         accelerator.print(f"{args.code_path} is complete (it has meta.json): nothing to do")
@@ -166,7 +166,7 @@ def extract(args: argparse.Namespace) -> None:
         raise ExtractError(f"--image-size {args.image_size} is not a multiple of {args.vq_model}'s {downsample} pixels")
 
     white = torch.ones(1, 3, args.image_size, args.image_size, device=accelerator.device)
-    blank_code = model.encode(white)[2][2].mode().values.item() if args.blank else None
+    blank_code = model.encode(white)[2][2].cpu().mode().values.item() if args.blank else None
     files, labels, classes = select_classes(args.data_path, args.classes)
     views = ((5 if args.ten_crop else 1) + args.jitter) * (2 if args.flip else 1)
     shape = (len(files), views, (args.image_size // downsample) ** 2)
@@ -176,6 +176,7 @@ def extract(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     codes = open_codes(args.code_path / "codes.npy", shape, model.config.codebook_size, create=False)
     pending = np.flatnonzero(codes[:, -1, -1] == np.iinfo(codes.dtype).max)[rank::world]
+    accelerator.wait_for_everyone()  # or a slow process would take what a fast one has done for not its own
 
     loader = DataLoader(
         VariantDataset(files, pending, args), args.batch_size, num_workers=args.num_workers, collate_fn=list
@@ -224,7 +225,7 @@ def extract(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     try:
         extract(parse_args(argv))
-    except (ExtractError, ImageError, CheckpointError) as error:
+    except (ExtractError, TrainingError, ImageError, CheckpointError) as error:
         sys.exit(f"extract_codes_c2i: {error}")
 
 

@@ -198,7 +198,8 @@ def train(args: argparse.Namespace) -> None:
 
     log = JsonLog(args.results_dir / "log.jsonl", accelerator, step)
     parameters = sum(p.numel() for p in model.parameters())
-    log.write(step=step, start=True, steps=steps, images=len(data), parameters=parameters, args=plain_args(args))
+    start = {"processes": accelerator.num_processes, "parameters": parameters, "args": plain_args(args)}
+    log.write(step=step, start=True, steps=steps, images=len(data), **start)
     vq = load_tokenizer(args, data, device) if args.vq_ckpt and accelerator.is_main_process else None
     loader = step_loader(data, args, step, accelerator)
 

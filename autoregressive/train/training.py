@@ -12,11 +12,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -56,9 +57,23 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     parser.set_defaults(**defaults)
 
 
+def join_processes(mixed_precision: str = "no") -> Accelerator:
+    """Devices and ranks: CUDA where there is any, else the CPU, which processes only share when told so.
+
+    Raises TrainingError if the processes that torchrun started did not find each other.
+    """
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))  # one may validate while the others wait
+    cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != started:
+        raise TrainingError(f"torchrun started {started} processes, but only {accelerator.num_processes} work together")
+    return accelerator
+
+
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     """Devices, ranks and precision. Raises TrainingError if the batch does not divide evenly."""
-    accelerator = Accelerator(mixed_precision="no" if args.mixed_precision == "none" else args.mixed_precision)
+    accelerator = join_processes("no" if args.mixed_precision == "none" else args.mixed_precision)
     parts = accelerator.num_processes * args.gradient_accumulation_steps
     if args.global_batch_size % parts:
         raise TrainingError(

@@ -245,9 +245,7 @@ from tokenizer.tokenizer_image import vq_model, vq_train
 
 train_c2i.GPT_models["GPT-Tiny"] = lambda **kwargs: gpt.Transformer(gpt.ModelArgs(**kwargs, **TINY_GPT))
 vq_model.VQ_models["VQ-Tiny"] = lambda **kwargs: vq_model.VQModel(vq_model.ModelArgs(**TINY_VQ | kwargs))
-gpt_flags, vq_flags = json.loads(sys.argv[2])
-train_c2i.main(gpt_flags)
-vq_train.main(vq_flags)
+{"gpt": train_c2i, "vq": vq_train}[sys.argv[2]].main(json.loads(sys.argv[3]))
 """
 
 
@@ -259,13 +257,15 @@ def test_two_processes_make_the_same_steps_as_one(codes, images, tmp_path):
     train_c2i.main(gpt_run("one"))
     starter = tmp_path / "start.py"
     starter.write_text(f"TINY_GPT, TINY_VQ = {TINY_GPT!r}, {TINY_VQ!r}\n{STARTER}")
-    flags = json.dumps([gpt_run("two"), vq_flags(images, tmp_path / "vq", "--disc-start", "1")])
+    jobs = {"gpt": gpt_run("two"), "vq": vq_flags(images, tmp_path / "vq", "--disc-start", "1")}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(starter)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(ROOT), flags], env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for trainer, flags in jobs.items():
+        arguments = [str(ROOT), trainer, json.dumps(flags)]
+        done = subprocess.run(
+            [*command, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
     one, two = (
         torch.load(tmp_path / run / "checkpoints" / "0000003.pt", weights_only=True)["model"] for run in ("one", "two")
     )
@@ -273,6 +273,8 @@ def test_two_processes_make_the_same_steps_as_one(codes, images, tmp_path):
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)
     losses = [[line["val_loss"] for line in log_of(tmp_path / run) if "val_loss" in line] for run in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    starts = [json.loads((tmp_path / run / "log.jsonl").read_text().split("\n")[0]) for run in ("one", "two")]
+    assert [start["processes"] for start in starts] == [1, 2]
     tokenizer = log_of(tmp_path / "vq")  # its batch statistics are each process's own, so no equality
     assert [line["step"] for line in tokenizer if "disc" in line] == [2, 3, 4, 5, 6]
     assert all(np.isfinite(line["loss"]) for line in tokenizer if "loss" in line)
