@@ -25,9 +25,4 @@ if [ -n "${CONFIG:-}" ]; then
     if [ ! -e "$CONFIG" ] && [ -e "$root/$CONFIG" ]; then CONFIG=$root/$CONFIG; fi
     set -- --config "$CONFIG" "$@"
 fi
-job=("$root/autoregressive/sample/sample_c2i_ddp.py" "$@")
-if [ "${NPROC:-1}" = 1 ]; then
-    exec "$PYTHON" "${job[@]}"
-fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # or torchrun warns; on a CPU the job shares out the cores itself
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "${job[@]}"
+launch "$root/autoregressive/sample/sample_c2i_ddp.py" "$@"

@@ -41,7 +41,8 @@ _make_venv() {
 _preload_jemalloc() {
     local library
     [ "$(uname)" = Linux ] && [ -z "${LD_PRELOAD:-}" ] || return 0
-    library=$(PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null | awk '/libjemalloc\.so\.2 / { print $NF; exit }')
+    # awk reads to the end: if it stopped early, ldconfig might die of the closed pipe, and the script with it.
+    library=$(PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null | awk '/libjemalloc\.so\.2 / && !found++ { print $NF }')
     if [ -n "$library" ] && [ -z "$(LD_PRELOAD=$library env true 2>&1)" ]; then
         export LD_PRELOAD=$library
         export MALLOC_CONF=${MALLOC_CONF:-dirty_decay_ms:-1,muzzy_decay_ms:-1}
@@ -57,4 +58,13 @@ setup_env() {
         _make_venv || exit 1
     fi
     _preload_jemalloc
+}
+
+# launch SCRIPT [flags]: become that script, or by torchrun NPROC processes of it.
+launch() {
+    if [ "${NPROC:-1}" = 1 ]; then
+        exec "$PYTHON" "$@"
+    fi
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # or torchrun warns; sampling on a CPU shares out the cores itself
+    exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$@"
 }

@@ -4,7 +4,8 @@
 #     bash scripts/train_demo.sh [RUNS [OUT]]      default: runs/demo and runs/demo/export
 #
 # About four hours on two CPU cores (AVX-512, no GPU). Started again, it goes on where it was. The data set needs npm and Noto Color Emoji,
-# see build_emoji_dataset.sh. More training than these steps: raise VQ_STEPS, STAGE1_STEPS or STAGE2_STEPS and start again.
+# see build_emoji_dataset.sh.
+# Other flags need another RUNS folder: finished codes and stages are not made again.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -12,8 +12,4 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/setup_env.sh"
 setup_env
 
-launch=("$PYTHON")
-if [ "${NPROC:-1}" -gt 1 ]; then
-    launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
-fi
-exec "${launch[@]}" "$root/tokenizer/tokenizer_image/vq_train.py" "$@"
+launch "$root/tokenizer/tokenizer_image/vq_train.py" "$@"
