@@ -102,6 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--codebook-size", type=int, help="default: the model's own")
     add("--codebook-embed-dim", type=int, default=8)
     add("--classes", nargs="+", metavar="GLOB", help="only class folders that match; they are numbered in sorted order")
+    add("--skip-classes", nargs="+", metavar="GLOB", default=[], help="class folders to leave out")
     add("--image-size", type=int, default=256)
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the mirror image of every variant")
     add("--ten-crop", action="store_true", help="centre and corner crops instead of the centre crop")
@@ -119,16 +120,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def select_classes(root: Path, patterns: list[str] | None) -> tuple[list[Path], np.ndarray, list[str]]:
-    """Files, labels and class names of an image folder, of the classes that match any pattern."""
+def select_classes(
+    root: Path, patterns: list[str] | None, skipped: list[str] = ()
+) -> tuple[list[Path], np.ndarray, list[str]]:
+    """Files, labels and class names of an image folder, of the classes that match a pattern and no skipped one."""
     files, labels, classes = list_image_folder(root)
-    if not patterns:
-        return files, np.array(labels, np.int32), classes
-    kept = [i for i, name in enumerate(classes) if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+
+    def matches(name: str, globs: list[str]) -> bool:
+        return any(fnmatch.fnmatch(name, glob) for glob in globs)
+
+    kept = [i for i, name in enumerate(classes) if matches(name, patterns or ["*"]) and not matches(name, skipped)]
     number = {old: new for new, old in enumerate(kept)}
     pairs = [(file, number[label]) for file, label in zip(files, labels, strict=True) if label in number]
     if not pairs:
-        raise ExtractError(f"--classes {' '.join(patterns)}: no images in matching folders of {root}")
+        raise ExtractError(
+            f"no images in the folders of {root} that --classes {' '.join(patterns or ['*'])} and "
+            f"--skip-classes {' '.join(skipped)} leave"
+        )
     return [file for file, _ in pairs], np.array([label for _, label in pairs], np.int32), [classes[i] for i in kept]
 
 
@@ -167,7 +175,7 @@ def extract(args: argparse.Namespace) -> None:
 
     white = torch.ones(1, 3, args.image_size, args.image_size, device=accelerator.device)
     blank_code = model.encode(white)[2][2].cpu().mode().values.item() if args.blank else None
-    files, labels, classes = select_classes(args.data_path, args.classes)
+    files, labels, classes = select_classes(args.data_path, args.classes, args.skip_classes)
     views = ((5 if args.ten_crop else 1) + args.jitter) * (2 if args.flip else 1)
     shape = (len(files), views, (args.image_size // downsample) ** 2)
     args.code_path.mkdir(parents=True, exist_ok=True)

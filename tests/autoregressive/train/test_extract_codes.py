@@ -60,7 +60,7 @@ def test_variants_and_classes(images, vq_ckpt, tmp_path):
     assert not np.array_equal(codes[:, 0], codes[:, 1])
     ten, _, _ = run(images, vq_ckpt, tmp_path / "ten", "--ten-crop")
     assert ten.shape == (9, 10, 64)
-    with pytest.raises(SystemExit, match="no images in matching"):
+    with pytest.raises(SystemExit, match="no images in the folders"):
         run(images, vq_ckpt, tmp_path / "none", "--classes", "*_c")
 
 
