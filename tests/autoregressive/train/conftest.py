@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from autoregressive.models import gpt
-from autoregressive.train import train_c2i
 from tokenizer.tokenizer_image import vq_model
 
 TINY_GPT = {"dim": 32, "n_layer": 2, "n_head": 2, "multiple_of": 32}
@@ -36,7 +35,7 @@ def tiny_models(monkeypatch):
         return gpt.Transformer(gpt.ModelArgs(**TINY_GPT, **kwargs))
 
     monkeypatch.setitem(vq_model.VQ_models, "VQ-Tiny", vq)
-    monkeypatch.setitem(train_c2i.GPT_models, "GPT-Tiny", tiny_gpt)
+    monkeypatch.setitem(gpt.GPT_models, "GPT-Tiny", tiny_gpt)
 
 
 @pytest.fixture

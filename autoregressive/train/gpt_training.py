@@ -1,0 +1,284 @@
+"""What train_c2i.py and train_t2i.py share: codes, the loop, validation losses and sample grids."""
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from autoregressive.models.checkpoint import load_model
+from autoregressive.models.generate import generate
+from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.train.training import (
+    Ema,
+    JsonLog,
+    Meter,
+    StopSignal,
+    TrainingError,
+    add_training_flags,
+    build_accelerator,
+    build_optimizer,
+    learning_rate,
+    load_latest_checkpoint,
+    plain_args,
+    save_checkpoint,
+    seed_step,
+    set_learning_rate,
+    step_loader,
+    swapped_weights,
+    total_steps,
+)
+from tokenizer.tokenizer_image.images import image_grid, save_image_atomic, to_uint8
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+
+
+class CodeDataset(Dataset):
+    """Codes of one folder. Subclasses know what the images show.
+
+    An item is (codes int64 [tokens], *condition), addressed by (epoch, index). What is drawn at random, as the variant
+    of the codes, is drawn by (seed, epoch, index).
+
+    Attributes:
+        meta: what extract_codes_c2i.py wrote beside the codes.
+        labels: int [images], class of each image.
+        tokens: codes per image.
+    """
+
+    def __init__(self, path: Path, seed: int):
+        missing = [name for name in ("codes.npy", "labels.npy", "meta.json") if not (path / name).exists()]
+        if missing:
+            raise TrainingError(
+                f"{path} has no {', '.join(missing)}: make it with autoregressive/train/extract_codes_c2i.py "
+                "(started again, it finishes an interrupted job)"
+            )
+        self.meta = json.loads((path / "meta.json").read_text())
+        self.codes = np.load(path / "codes.npy", mmap_mode="r")
+        labels = np.load(path / "labels.npy")
+        self.kept = np.flatnonzero(labels >= 0)
+        self.labels = labels[self.kept]
+        self.seed, self.tokens = seed, self.codes.shape[2]
+        if not len(self.kept):
+            raise TrainingError(f"{path} holds no images")
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        return self.item(index, rng.integers(self.codes.shape[1]), rng)
+
+    def item(self, index: int, variant: int = 0, rng: np.random.Generator | None = None) -> tuple:
+        """A given variant (0 is the plain centre crop); without `rng` the condition is the image's first."""
+        codes = self.codes[self.kept[index], variant].astype(np.int64)
+        return torch.from_numpy(codes), *self.condition(index, rng)
+
+    def condition(self, index: int, rng: np.random.Generator | None = None) -> tuple:
+        """What the model is told of an image: what `generate` takes as (cond,) or (cond, emb_masks), for one image."""
+        raise NotImplementedError
+
+    def inputs(self, *condition: Tensor) -> dict[str, Tensor]:
+        """The condition of a batch as arguments of Transformer.forward, with all codes but the last."""
+        return {"cond_idx": condition[0]}
+
+
+Example = tuple[str, tuple]  # what to write under a sample, and its condition
+
+
+def add_gpt_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that both GPT trainers share."""
+    add = parser.add_argument
+    add("--code-path", type=Path, required=True, help="folder made by extract_codes_c2i.py")
+    add("--val-code-path", type=Path, help="codes of held-out images, for a validation loss")
+    add("--val-images", type=int, default=512, help="how many of them, spread evenly")
+    add("--gpt-model", choices=list(GPT_models), default="GPT-B")
+    add("--init-from", "--gpt-ckpt", type=Path, dest="init_from", help="start from these weights (EMA if it has them)")
+    add("--vocab-size", type=int, help="default: the codes' codebook size")
+    add("--class-dropout-prob", type=float, default=0.1, help="share of images trained without condition, for guidance")
+    add("--dropout-p", type=float, default=0.1, help="after attention and feed-forward; 0 if --drop-path-rate is set")
+    add("--token-dropout-p", type=float, default=0.1)
+    add("--drop-path-rate", type=float, default=0.0)
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the matrices of the layers")
+    add("--vq-ckpt", type=Path, help="tokenizer weights, to draw sample grids")
+    add("--sample-every", type=int, default=5000, help="steps between sample grids")
+    add("--cfg-scale", type=float, default=2.0, help="of the sample grids")
+    add("--top-k", type=int, default=0, help="of the sample grids")
+    add_training_flags(parser)
+
+
+def build_gpt(args: argparse.Namespace, data: CodeDataset, **condition) -> Transformer:
+    """The GPT for these codes, freshly initialised; `condition` are the ModelArgs of the condition."""
+    vocab_size = args.vocab_size or data.meta["codebook_size"]
+    if vocab_size < data.meta["codebook_size"]:
+        raise TrainingError(f"{args.code_path} needs --vocab-size >= {data.meta['codebook_size']}, got {vocab_size}")
+    dropout = 0.0 if args.drop_path_rate > 0 else args.dropout_p
+    return GPT_models[args.gpt_model](
+        vocab_size=vocab_size,
+        block_size=data.tokens,
+        class_dropout_prob=args.class_dropout_prob,
+        resid_dropout_p=dropout,
+        ffn_dropout_p=dropout,
+        token_dropout_p=args.token_dropout_p,
+        drop_path_rate=args.drop_path_rate,
+        **condition,
+    )
+
+
+def _batch(items: list[tuple], device: torch.device) -> list[Tensor]:
+    return [t.to(device) for t in default_collate(items)]
+
+
+@torch.no_grad()
+def validation_loss(model: Transformer, data: CodeDataset, images: int, batch: int, device: torch.device) -> float:
+    """Mean cross-entropy in nats per token over the plain variants of `images` images, given their conditions."""
+    chosen = np.linspace(0, len(data) - 1, min(images, len(data))).astype(int)
+    total = 0.0
+    for i in range(0, len(chosen), batch):
+        codes, *condition = _batch([data.item(j) for j in chosen[i : i + batch]], device)
+        _, loss = model(idx=codes[:, :-1], targets=codes, **data.inputs(*condition))
+        total += loss.item() * len(codes)
+    return total / len(chosen)
+
+
+def load_tokenizer(args: argparse.Namespace, data: CodeDataset, device: torch.device) -> VQModel:
+    """The tokenizer that made the codes."""
+    meta = data.meta
+    sizes = {"codebook_size": meta["codebook_size"], "codebook_embed_dim": meta["codebook_embed_dim"]}
+    return load_model(VQ_models[meta["vq_model"]](**sizes), args.vq_ckpt).eval().to(device)
+
+
+@torch.no_grad()
+def save_samples(
+    path: Path, model: Transformer, vq: VQModel, examples: list[Example], args: argparse.Namespace
+) -> None:
+    """One image for each example, always from the same seeds."""
+    config = model.config
+    images = []
+    for i in range(0, len(examples), 32):
+        part = examples[i : i + 32]
+        cond, *masks = _batch([condition for _, condition in part], next(model.parameters()).device)
+        seeds = torch.arange(i, i + len(part))
+        options = {"cfg_scale": args.cfg_scale, "top_k": args.top_k, "seeds": seeds}
+        tokens = generate(model, cond, config.block_size, *masks, **options)
+        shape = (len(part), vq.config.codebook_embed_dim, config.grid_size, config.grid_size)
+        images += list(to_uint8(vq.decode_code(tokens, shape)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image_atomic(path, image_grid(images, 8, [title for title, _ in examples]))
+
+
+def train_gpt(
+    args: argparse.Namespace,
+    data: CodeDataset,
+    held_out: CodeDataset | None,
+    examples: list[Example],
+    build_model: Callable[[], tuple[Transformer, dict]],
+) -> None:
+    """Run until the last step, or until SIGTERM / SIGINT, which saves a checkpoint first.
+
+    Args:
+        args: the flags of add_gpt_flags.
+        data: training images.
+        held_out: images for the validation loss.
+        examples: conditions of the sample grids.
+        build_model: makes the model that training starts from, and fields for the log's first line.
+    """
+    accelerator = build_accelerator(args)
+    device, rank = accelerator.device, accelerator.process_index
+
+    torch.manual_seed(args.global_seed)
+    model, notes = build_model()
+    model = model.to(device)
+    optimizer = build_optimizer(model, args, inner=lambda name: name.startswith("layers."))
+    ema = Ema(model, args.ema_decay) if args.ema else None
+    steps, step = total_steps(args, len(data)), 0
+    checkpoint = load_latest_checkpoint(args.results_dir / "checkpoints")
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if ema:
+            ema.load(checkpoint["ema"], checkpoint["ema_updates"])
+        step = checkpoint["steps"]
+        del checkpoint
+
+    log = JsonLog(args.results_dir / "log.jsonl", accelerator, step)
+    parameters = sum(p.numel() for p in model.parameters())
+    start = {"processes": accelerator.num_processes, "parameters": parameters, "args": plain_args(args)} | notes
+    log.write(step=step, start=True, steps=steps, images=len(data), **start)
+    vq = load_tokenizer(args, data, device) if args.vq_ckpt and accelerator.is_main_process else None
+    loader = step_loader(data, args, step, accelerator)
+
+    raw = model
+    model = accelerator.prepare(model)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = accelerator.prepare(optimizer)
+    forward = torch.compile(model) if args.compile else model
+    raw.train()
+    micro = args.global_batch_size // accelerator.num_processes // args.gradient_accumulation_steps
+
+    def save() -> None:
+        if args.no_local_save or not accelerator.is_main_process:
+            return
+        state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "args": plain_args(args)}
+        state |= {"name": args.gpt_model, "config": asdict(raw.config)}
+        if ema:
+            state |= {"ema": ema.weights, "ema_updates": ema.updates}
+        save_checkpoint(args.results_dir / "checkpoints", step, state, args.keep_checkpoints)
+
+    def evaluate(sample: bool) -> None:
+        if not accelerator.is_main_process:
+            return
+        with swapped_weights(raw, ema.weights if ema else None):
+            raw.eval()
+            if held_out and not sample:
+                log.write(step=step, val_loss=validation_loss(raw, held_out, args.val_images, micro, device))
+            if vq and sample:
+                save_samples(args.results_dir / "samples" / f"{step:07d}.png", raw, vq, examples, args)
+            raw.train()
+
+    stop, meter = StopSignal(accelerator), Meter()
+    saved = step
+    while step < steps and not stop.agreed(step):
+        seed_step(args.global_seed, step, rank)
+        batch = [t.to(device, non_blocking=True) for t in next(loader)]
+        rate = learning_rate(step, args, steps)
+        set_learning_rate(optimizer, rate)
+        loss = torch.zeros((), device=device)
+        parts = zip(*(t.split(micro) for t in batch), strict=True)
+        for i, (codes, *condition) in enumerate(parts, 1):
+            last = i == args.gradient_accumulation_steps
+            with nullcontext() if last else accelerator.no_sync(model):
+                _, part_loss = forward(idx=codes[:, :-1], targets=codes, **data.inputs(*condition))
+                part_loss = part_loss / args.gradient_accumulation_steps
+                accelerator.backward(part_loss)
+            loss += part_loss.detach()
+        values = {"loss": loss}
+        if args.max_grad_norm:
+            values["grad_norm"] = accelerator.clip_grad_norm_(raw.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.update(raw)
+
+        step += 1
+        meter.add(args.global_batch_size, **values)
+        if step % args.log_every == 0 or step == steps:
+            log.write(step=step, epoch=step * args.global_batch_size / len(data), lr=rate, **meter.read())
+        if step % args.eval_every == 0 or step == steps:
+            evaluate(sample=False)
+            meter.reset()
+        if step % args.ckpt_every == 0 or step == steps:
+            save()
+            saved = step
+        if step % args.sample_every == 0 or step == steps:
+            evaluate(sample=True)
+            meter.reset()
+    if saved != step:
+        save()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
