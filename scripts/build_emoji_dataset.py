@@ -41,6 +41,10 @@ except (ImportError, OSError) as error:  # OSError: the package is there, the ca
     sys.exit(f"error: CairoSVG can't be used ({error}): pip install -r requirements-data.txt; apt install libcairo2")
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tokenizer.files import atomic_file  # noqa: E402
+
 DEBIAN_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 SETS = ("twemoji", "openmoji", "fluent", "noto")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -299,9 +303,8 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 _worker = {}

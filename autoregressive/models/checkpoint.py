@@ -7,7 +7,6 @@ are memory-mapped, and a file that doesn't fit is an error that says what it is,
 import argparse
 import difflib
 import functools
-import os
 import pickle
 import re
 import shutil
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from tokenizer.files import atomic_file
 
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 # Written by LlamaGen's caches and older versions; derived from the configuration, so never read back.
@@ -139,30 +140,14 @@ def save_safetensors(path: str | Path, state_dict: Mapping[str, Tensor], metadat
         tensors[key] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # with the permissions of an ordinary new file; safetensors makes private ones
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata=dict(metadata))
-        temporary.chmod(mode)
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
+        with atomic_file(path, sync=True) as file:
+            file.close()  # safetensors writes by name alone
+            save_file(tensors, file.name, metadata=dict(metadata))
     except (OSError, SafetensorError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise CheckpointError(f"Could not write {path} ({_mb(size)}): {error}. {_free_space(path.parent)}") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_space(folder: Path) -> str:

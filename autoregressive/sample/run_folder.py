@@ -13,19 +13,19 @@ import io
 import json
 import os
 import struct
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from tokenizer.files import atomic_file, remove_partial
 from tokenizer.tokenizer_image.images import save_image_atomic
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -35,20 +35,6 @@ WRITERS = min(8, os.cpu_count() or 1)  # PNG coding runs outside Python's lock
 
 class RunError(RuntimeError):
     """A run that cannot start or go on; the message names the folder and the way out."""
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that gets its name only when it is whole."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.chmod(partial, 0o644)  # mkstemp makes private files
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -110,8 +96,7 @@ class RunFolder:
             earlier = self._earlier(settings)
             with explained(self.path):
                 for folder in (self.path, self.images):  # what a killed process left half-written
-                    for partial in folder.glob(".*.part"):
-                        partial.unlink()
+                    remove_partial(folder)
                 for name, content in files.items():
                     with atomic_file(self.path / name) as file:
                         file.write(content)

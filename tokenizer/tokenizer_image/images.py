@@ -1,7 +1,5 @@
 """Images in and out: crops, the [-1, 1] range and back, atomic PNG files, grids, and folders of images by class."""
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
+
+from tokenizer.files import atomic_file
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -61,17 +61,9 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def save_image_atomic(path: str | Path, image: np.ndarray | Image.Image) -> None:
     """Write uint8 [H, W, 3] (or a PIL image) as PNG; the name appears only once the file is whole."""
-    path = Path(path)
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, format="PNG")
-        os.chmod(partial, 0o644)  # mkstemp makes private files
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG")
 
 
 def image_grid(
