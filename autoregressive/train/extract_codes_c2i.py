@@ -1,11 +1,12 @@
-"""Turn a folder of images (one folder per class, as ImageNet) into tokenizer codes for train_c2i.py.
+"""Turn images into tokenizer codes for train_c2i.py (one folder per class, as ImageNet) or train_t2i.py (any folders).
 
     python autoregressive/train/extract_codes_c2i.py --data-path imagenet/train --code-path codes/train384 \\
         --vq-ckpt pretrained_models/vq_ds16_c2i.pt --image-size 384 --ten-crop
     torchrun --nproc_per_node 8 autoregressive/train/extract_codes_c2i.py ...      # the same on eight GPUs
+    python autoregressive/train/extract_codes_c2i.py --data-path photos/captions.jsonl ...     # with captions
 
-Writes codes.npy (uint16 or int32 [images, variants, tokens], raster order), labels.npy (int32 [images]; -1: unreadable
-and skipped) and, once all is done, meta.json. An interrupted job goes on where it was.
+Writes codes.npy (uint16 or int32 [images, variants, tokens], raster order), images.json (their file names), labels.npy
+(int32 [images]; -1: unreadable and skipped) and, once all is done, meta.json. An interrupted job goes on where it was.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from autoregressive.models.checkpoint import CheckpointError, load_model
+from autoregressive.train.text_features import read_captions
 from autoregressive.train.training import TrainingError, join_processes
 from tokenizer.tokenizer_image.images import (
     ImageError,
@@ -95,7 +97,7 @@ def blank_tokens(images: Tensor, downsample: int) -> Tensor:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data-path", type=Path, required=True, help="images, one folder per class")
+    add("--data-path", type=Path, required=True, help="images, one folder per class; or a captions file (.jsonl)")
     add("--code-path", type=Path, required=True, help="folder to write")
     add("--vq-model", choices=list(VQ_models), default="VQ-16")
     add("--vq-ckpt", type=Path, required=True)
@@ -120,11 +122,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def list_images(path: Path) -> tuple[list[Path], list[int], list[str]]:
+    """Files, labels and class names of an image folder, or of a captions file: there an image's folder is its class."""
+    if path.suffix != ".jsonl":
+        return list_image_folder(path)
+    files = [path.parent / name for name in read_captions(path)]
+    classes = sorted({file.parent.name for file in files})
+    number = {name: i for i, name in enumerate(classes)}
+    return files, [number[file.parent.name] for file in files], classes
+
+
 def select_classes(
     root: Path, patterns: list[str] | None, skipped: list[str] = ()
 ) -> tuple[list[Path], np.ndarray, list[str]]:
-    """Files, labels and class names of an image folder, of the classes that match a pattern and no skipped one."""
-    files, labels, classes = list_image_folder(root)
+    """Files, labels and class names of the classes that match a pattern and no skipped one; see list_images."""
+    files, labels, classes = list_images(root)
 
     def matches(name: str, globs: list[str]) -> bool:
         return any(fnmatch.fnmatch(name, glob) for glob in globs)
@@ -138,6 +150,17 @@ def select_classes(
             f"--skip-classes {' '.join(skipped)} leave"
         )
     return [file for file, _ in pairs], np.array([label for _, label in pairs], np.int32), [classes[i] for i in kept]
+
+
+def write_names(path: Path, names: list[str]) -> None:
+    """Write the images' names, or make sure that an interrupted job had the same ones."""
+    if path.exists():
+        if json.loads(path.read_text()) != names:
+            raise ExtractError(f"{path} names other images than this job has; delete its folder or choose another")
+        return
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(names))
+    os.replace(partial, path)
 
 
 def open_codes(path: Path, shape: tuple[int, ...], codebook_size: int, create: bool) -> np.memmap:
@@ -176,10 +199,13 @@ def extract(args: argparse.Namespace) -> None:
     white = torch.ones(1, 3, args.image_size, args.image_size, device=accelerator.device)
     blank_code = model.encode(white)[2][2].cpu().mode().values.item() if args.blank else None
     files, labels, classes = select_classes(args.data_path, args.classes, args.skip_classes)
+    root = args.data_path.parent if args.data_path.suffix == ".jsonl" else args.data_path
+    names = [file.relative_to(root).as_posix() for file in files]
     views = ((5 if args.ten_crop else 1) + args.jitter) * (2 if args.flip else 1)
     shape = (len(files), views, (args.image_size // downsample) ** 2)
     args.code_path.mkdir(parents=True, exist_ok=True)
     if main_process:
+        write_names(args.code_path / "images.json", names)
         open_codes(args.code_path / "codes.npy", shape, model.config.codebook_size, create=True)
     accelerator.wait_for_everyone()
     codes = open_codes(args.code_path / "codes.npy", shape, model.config.codebook_size, create=False)
@@ -221,7 +247,7 @@ def extract(args: argparse.Namespace) -> None:
         "variants": views,
         "tokens": shape[2],
         "classes": classes,
-        "unreadable": [str(files[i].relative_to(args.data_path)) for i in unreadable],
+        "unreadable": [names[i] for i in unreadable],
     }
     partial = args.code_path / "meta.json.part"
     partial.write_text(json.dumps(meta, indent=1) + "\n")
