@@ -15,15 +15,18 @@ such a file for your own images: extract_codes_c2i.py and extract_text_features.
 import argparse
 import hashlib
 import json
-import os
 import re
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from tokenizer.files import atomic_file
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")  # 1 to 5 in items.jsonl
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "gray")
@@ -119,9 +122,8 @@ def caption_dataset(
         row = {"image": item["file"], "captions": captions(item, color, count, seed)}
         lines[item["split"]].append(json.dumps(row, ensure_ascii=False) + "\n")
     for split, rows in lines.items():
-        partial = data / f"captions_{split}.jsonl.part"
-        partial.write_text("".join(rows), encoding="utf-8")
-        os.replace(partial, data / f"captions_{split}.jsonl")
+        with atomic_file(data / f"captions_{split}.jsonl") as file:
+            file.write("".join(rows).encode())
     return {split: len(rows) for split, rows in lines.items()}
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from autoregressive.models.checkpoint import CheckpointError, load_model
 from autoregressive.train.text_features import read_captions
 from autoregressive.train.training import TrainingError, join_processes
+from tokenizer.files import atomic_file
 from tokenizer.tokenizer_image.images import (
     ImageError,
     center_crop,
@@ -158,9 +159,8 @@ def write_names(path: Path, names: list[str]) -> None:
         if json.loads(path.read_text()) != names:
             raise ExtractError(f"{path} names other images than this job has; delete its folder or choose another")
         return
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(names))
-    os.replace(partial, path)
+    with atomic_file(path) as file:
+        file.write(json.dumps(names).encode())
 
 
 def open_codes(path: Path, shape: tuple[int, ...], codebook_size: int, create: bool) -> np.memmap:

@@ -9,7 +9,6 @@ is told in text_features.py. An interrupted job goes on where it was.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from autoregressive.train.text_features import SHARD, read_captions, shard_files, texts_of
 from autoregressive.train.training import TrainingError, join_processes
+from tokenizer.files import atomic_file
 from tokenizer.tokenizer_text.encoder import TEXT_ENCODERS, TextEncoderError, load_text_encoder
 
 PRECISIONS = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,10 +39,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    partial = path.with_suffix(".part")
-    with open(partial, "wb") as file:
+    with atomic_file(path) as file:
         np.save(file, array)
-    os.replace(partial, path)
+
+
+def _save_json(path: Path, content: dict) -> None:
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 @torch.no_grad()
@@ -71,8 +74,9 @@ def extract(args: argparse.Namespace) -> None:
                     "choose another --text-path"
                 )
         else:
-            (folder / "captions.jsonl").write_bytes(args.captions.read_bytes())
-            (folder / "job.json").write_text(json.dumps(job))
+            with atomic_file(folder / "captions.jsonl") as file:
+                file.write(args.captions.read_bytes())
+            _save_json(folder / "job.json", job)
     accelerator.wait_for_everyone()
     if (folder / "meta.json").exists():
         accelerator.print(f"{folder} is complete (it has meta.json): nothing to do")
@@ -109,9 +113,7 @@ def extract(args: argparse.Namespace) -> None:
         "mean_length": round(float(lengths.mean()), 2),
         "at_max_length": int((lengths >= args.max_length).sum()),
     }
-    partial = folder / "meta.json.part"
-    partial.write_text(json.dumps(meta, indent=1) + "\n")
-    os.replace(partial, folder / "meta.json")
+    _save_json(folder / "meta.json", meta)
     print(f"{folder}: {len(texts)} texts of {len(captions)} images, {meta['mean_length']} tokens of {dim} on average")
 
 

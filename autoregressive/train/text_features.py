@@ -35,15 +35,17 @@ def read_captions(path: Path) -> dict[str, list[str]]:
             continue
         try:
             row = json.loads(line)
-            image, captions = row["image"], row["captions"]
+            image, captions = Path(row["image"]), row["captions"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             wanted = '{"image": "name.png", "captions": ["a cat"]}'
             raise TrainingError(f"{path}, line {number}: expected {wanted} ({error!r})") from error
         if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
             raise TrainingError(f"{path}, line {number}: captions of {image} must be a list of one or more texts")
-        if image in found:
+        if image.is_absolute():
+            raise TrainingError(f"{path}, line {number}: {image} must be relative to the folder of this file")
+        if image.as_posix() in found:
             raise TrainingError(f"{path}, line {number}: {image} is there twice; give it one line with all captions")
-        found[image] = captions
+        found[image.as_posix()] = captions
     if not found:
         raise TrainingError(f"{path} holds no captions")
     return found
