@@ -1,9 +1,10 @@
 """What train_c2i.py and train_t2i.py share: codes, the loop, validation losses and sample grids."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,22 +18,14 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.train.training import (
     Ema,
-    JsonLog,
-    Meter,
-    StopSignal,
     TrainingError,
+    TrainingRun,
     add_training_flags,
     build_accelerator,
     build_optimizer,
-    learning_rate,
-    load_latest_checkpoint,
-    plain_args,
-    save_checkpoint,
-    seed_step,
     set_learning_rate,
-    step_loader,
     swapped_weights,
-    total_steps,
+    writing,
 )
 from tokenizer.tokenizer_image.images import image_grid, save_image_atomic, to_uint8
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
@@ -57,7 +50,7 @@ class CodeDataset(Dataset):
                 f"{path} has no {', '.join(missing)}: make it with autoregressive/train/extract_codes_c2i.py "
                 "(started again, it finishes an interrupted job)"
             )
-        self.meta = json.loads((path / "meta.json").read_text())
+        self.path, self.meta = path, json.loads((path / "meta.json").read_text())
         self.codes = np.load(path / "codes.npy", mmap_mode="r")
         labels = np.load(path / "labels.npy")
         self.kept = np.flatnonzero(labels >= 0)
@@ -65,6 +58,13 @@ class CodeDataset(Dataset):
         self.seed, self.tokens = seed, self.codes.shape[2]
         if not len(self.kept):
             raise TrainingError(f"{path} holds no images")
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells these codes from others, for people and for comparison."""
+        images, variants, tokens = self.codes.shape
+        digest = hashlib.sha256((self.path / "meta.json").read_bytes()).hexdigest()[:16]
+        return {"the codes": f"{images} x {variants} x {tokens}, sha256 of meta.json {digest}"}
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -89,6 +89,11 @@ class CodeDataset(Dataset):
 
 
 Example = tuple[str, tuple]  # what to write under a sample, and its condition
+
+
+# May change when a run goes on, besides FREE_FLAGS: validation and sample grids; and where the codes lie, as they are
+# told by what they are.
+FREE_GPT_FLAGS = {"code_path", "val_code_path", "val_images", "vq_ckpt", "sample_every", "cfg_scale", "top_k"}
 
 
 def add_gpt_flags(parser: argparse.ArgumentParser) -> None:
@@ -178,6 +183,7 @@ def train_gpt(
     held_out: CodeDataset | None,
     examples: list[Example],
     build_model: Callable[[], tuple[Transformer, dict]],
+    free: set[str] = frozenset(),
 ) -> None:
     """Run until the last step, or until SIGTERM / SIGINT, which saves a checkpoint first.
 
@@ -187,31 +193,28 @@ def train_gpt(
         held_out: images for the validation loss.
         examples: conditions of the sample grids.
         build_model: makes the model that training starts from, and fields for the log's first line.
+        free: flags besides FREE_GPT_FLAGS that may change when a run goes on.
     """
     accelerator = build_accelerator(args)
-    device, rank = accelerator.device, accelerator.process_index
+    device = accelerator.device
 
     torch.manual_seed(args.global_seed)
     model, notes = build_model()
     model = model.to(device)
     optimizer = build_optimizer(model, args, inner=lambda name: name.startswith("layers."))
     ema = Ema(model, args.ema_decay) if args.ema else None
-    steps, step = total_steps(args, len(data)), 0
-    checkpoint = load_latest_checkpoint(args.results_dir / "checkpoints")
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if ema:
-            ema.load(checkpoint["ema"], checkpoint["ema_updates"])
-        step = checkpoint["steps"]
-        del checkpoint
-
-    log = JsonLog(args.results_dir / "log.jsonl", accelerator, step)
-    parameters = sum(p.numel() for p in model.parameters())
-    start = {"processes": accelerator.num_processes, "parameters": parameters, "args": plain_args(args)} | notes
-    log.write(step=step, start=True, steps=steps, images=len(data), **start)
+    run = TrainingRun(
+        args,
+        accelerator,
+        len(data),
+        data.identity,
+        {"model": model, "optimizer": optimizer},
+        ema,
+        about={"name": args.gpt_model, "config": asdict(model.config)},
+        free=FREE_GPT_FLAGS | free,
+        notes=notes,
+    )
     vq = load_tokenizer(args, data, device) if args.vq_ckpt and accelerator.is_main_process else None
-    loader = step_loader(data, args, step, accelerator)
 
     raw = model
     model = accelerator.prepare(model)
@@ -221,64 +224,46 @@ def train_gpt(
     raw.train()
     micro = args.global_batch_size // accelerator.num_processes // args.gradient_accumulation_steps
 
-    def save() -> None:
-        if args.no_local_save or not accelerator.is_main_process:
-            return
-        state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "args": plain_args(args)}
-        state |= {"name": args.gpt_model, "config": asdict(raw.config)}
-        if ema:
-            state |= {"ema": ema.weights, "ema_updates": ema.updates}
-        save_checkpoint(args.results_dir / "checkpoints", step, state, args.keep_checkpoints)
-
     def evaluate(sample: bool) -> None:
         if not accelerator.is_main_process:
             return
         with swapped_weights(raw, ema.weights if ema else None):
             raw.eval()
             if held_out and not sample:
-                log.write(step=step, val_loss=validation_loss(raw, held_out, args.val_images, micro, device))
+                run.log.write(step=run.step, val_loss=validation_loss(raw, held_out, args.val_images, micro, device))
             if vq and sample:
-                save_samples(args.results_dir / "samples" / f"{step:07d}.png", raw, vq, examples, args)
+                path = args.results_dir / "samples" / f"{run.step:07d}.png"
+                with writing(path):
+                    save_samples(path, raw, vq, examples, args)
             raw.train()
+        run.meter.reset()
 
-    stop, meter = StopSignal(accelerator), Meter()
-    saved = step
-    while step < steps and not stop.agreed(step):
-        seed_step(args.global_seed, step, rank)
-        batch = [t.to(device, non_blocking=True) for t in next(loader)]
-        rate = learning_rate(step, args, steps)
-        set_learning_rate(optimizer, rate)
-        loss = torch.zeros((), device=device)
-        parts = zip(*(t.split(micro) for t in batch), strict=True)
-        for i, (codes, *condition) in enumerate(parts, 1):
-            last = i == args.gradient_accumulation_steps
-            with nullcontext() if last else accelerator.no_sync(model):
-                _, part_loss = forward(idx=codes[:, :-1], targets=codes, **data.inputs(*condition))
-                part_loss = part_loss / args.gradient_accumulation_steps
-                accelerator.backward(part_loss)
-            loss += part_loss.detach()
-        values = {"loss": loss}
-        if args.max_grad_norm:
-            values["grad_norm"] = accelerator.clip_grad_norm_(raw.parameters(), args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema:
-            ema.update(raw)
+    with closing(run.batches(data)) as batches:
+        for batch in batches:
+            batch = [t.to(device, non_blocking=True) for t in batch]
+            set_learning_rate(optimizer, run.learning_rate())
+            loss = torch.zeros((), device=device)
+            parts = zip(*(t.split(micro) for t in batch), strict=True)
+            for i, (codes, *condition) in enumerate(parts, 1):
+                last = i == args.gradient_accumulation_steps
+                with nullcontext() if last else accelerator.no_sync(model):
+                    _, part_loss = forward(idx=codes[:, :-1], targets=codes, **data.inputs(*condition))
+                    part_loss = part_loss / args.gradient_accumulation_steps
+                    accelerator.backward(part_loss)
+                loss += part_loss.detach()
+            values = {"loss": loss}
+            if args.max_grad_norm:
+                values["grad_norm"] = accelerator.clip_grad_norm_(raw.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema:
+                ema.update(raw)
 
-        step += 1
-        meter.add(args.global_batch_size, **values)
-        if step % args.log_every == 0 or step == steps:
-            log.write(step=step, epoch=step * args.global_batch_size / len(data), lr=rate, **meter.read())
-        if step % args.eval_every == 0 or step == steps:
-            evaluate(sample=False)
-            meter.reset()
-        if step % args.ckpt_every == 0 or step == steps:
-            save()
-            saved = step
-        if step % args.sample_every == 0 or step == steps:
-            evaluate(sample=True)
-            meter.reset()
-    if saved != step:
-        save()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+            run.count(values)
+            if run.due(args.eval_every):
+                evaluate(sample=False)
+            if run.due(args.ckpt_every):
+                run.save()
+            if run.due(args.sample_every):
+                evaluate(sample=True)
+    run.finish()

@@ -59,7 +59,7 @@ def train(args: argparse.Namespace) -> None:
     held_out = ClassDataset(args.val_code_path, args.global_seed) if args.val_code_path else None
     if held_out and held_out.meta["classes"] != data.meta["classes"]:
         raise TrainingError(f"{args.val_code_path} and {args.code_path} have different classes: extract both alike")
-    train_gpt(args, data, held_out, examples(args, data), lambda: build_model(args, data))
+    train_gpt(args, data, held_out, examples(args, data), lambda: build_model(args, data), {"sample_classes"})
 
 
 def main(argv: list[str] | None = None) -> None:

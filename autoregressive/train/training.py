@@ -11,9 +11,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,22 +23,25 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tokenizer.files import atomic_file, remove_partial
+
 
 class TrainingError(RuntimeError):
     """A run that cannot start or go on; the message says what to change."""
 
 
+# Those of add_training_flags that may change when a run goes on: its end, its reports, and how the work is split.
+FREE_FLAGS = {
+    *("results_dir", "epochs", "max_steps", "gradient_accumulation_steps", "num_workers", "compile", "no_local_save"),
+    *("log_every", "eval_every", "ckpt_every", "keep_checkpoints"),
+}
+
+
 def add_training_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     """Add the flags that all trainers share; `defaults` overrides their defaults by destination name."""
-    group = parser.add_argument_group("training")
-    add = group.add_argument
-    add("--results-dir", type=Path, default=Path("results"), help="run folder; started again with it, the run goes on")
-    add("--epochs", type=int, default=300, help="passes over the data, unless --max-steps is given")
-    add("--max-steps", type=int, help="optimizer steps in all")
+    add = parser.add_argument_group("training (stays as it is when a run goes on)").add_argument
     add("--global-batch-size", type=int, default=256, help="images per step over all processes")
-    add("--gradient-accumulation-steps", type=int, default=1, help="parts each process splits its share of a step into")
     add("--global-seed", type=int, default=0)
-    add("--num-workers", type=int, default=24, help="data loader processes per training process")
     add("--lr", type=float, default=1e-4)
     add("--lr-schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up")
     add("--lr-min", type=float, default=0.0, help="where the cosine ends")
@@ -48,11 +53,18 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     add("--ema", action=argparse.BooleanOptionalAction, default=False, help="keep an average of the weights as well")
     add("--ema-decay", type=float, default=0.9999)
     add("--mixed-precision", choices=("none", "bf16"), default="bf16")
+
+    add = parser.add_argument_group("course of the run (may change when it goes on)").add_argument
+    add("--results-dir", type=Path, default=Path("results"), help="run folder; started again with it, the run goes on")
+    add("--epochs", type=int, default=300, help="passes over the data, unless --max-steps is given")
+    add("--max-steps", type=int, help="optimizer steps in all; if changed, a cosine goes on towards the new end")
+    add("--gradient-accumulation-steps", type=int, default=1, help="parts each process splits its share of a step into")
+    add("--num-workers", type=int, default=24, help="data loader processes per training process")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the model")
     add("--no-local-save", action="store_true", help="write logs but no checkpoints")
     add("--log-every", type=int, default=100, help="steps")
-    add("--eval-every", type=int, default=5000, help="steps between validations")
-    add("--ckpt-every", type=int, default=5000, help="steps")
+    add("--eval-every", type=int, default=5000, help="steps between validations; 0: only at the end")
+    add("--ckpt-every", type=int, default=5000, help="steps; 0: only at the end")
     add("--keep-checkpoints", type=int, default=2, help="older ones are deleted; 0: keep all")
     parser.set_defaults(**defaults)
 
@@ -114,8 +126,13 @@ class StepSampler(Sampler):
             step += 1
 
 
-def step_loader(dataset: Dataset, args: argparse.Namespace, start_step: int, accelerator: Accelerator) -> Iterator:
-    """Batches for this process from step `start_step` on; the dataset is indexed by (epoch, index)."""
+def step_loader(
+    dataset: Dataset, args: argparse.Namespace, start_step: int, accelerator: Accelerator
+) -> Generator[list[Tensor]]:
+    """Batches for this process from step `start_step` on; the dataset is indexed by (epoch, index).
+
+    Close it at the end: its workers heed no signals.
+    """
     sampler = StepSampler(
         len(dataset),
         args.global_batch_size,
@@ -125,7 +142,15 @@ def step_loader(dataset: Dataset, args: argparse.Namespace, start_step: int, acc
         accelerator.num_processes,
     )
     pin = accelerator.device.type == "cuda"
-    return iter(DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers, pin_memory=pin))
+    yield from DataLoader(
+        dataset, batch_sampler=sampler, num_workers=args.num_workers, pin_memory=pin, worker_init_fn=_ignore_signals
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A Ctrl-C, and torchrun's end, reach the workers too, which must serve the step that is being made."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
@@ -281,16 +306,34 @@ class swapped_weights:
             self.model.load_state_dict(self.saved)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError, such as of a full disk, into a TrainingError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path} can't be written ({error.strerror or error}). Make room, or mend the permissions, and start the "
+            "run again: it goes on from its newest checkpoint"
+        ) from error
+
+
 def save_checkpoint(folder: Path, steps: int, state: dict, keep: int) -> Path:
-    """Write folder/{steps:07d}.pt atomically and delete all but the `keep` newest (0: none)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write folder/{steps:07d}.pt atomically and delete all but the `keep` newest (0: none).
+
+    Raises TrainingError if it can't be written; older ones are then left.
+    """
     path = folder / f"{steps:07d}.pt"
-    partial = path.with_suffix(".part")
-    torch.save({**state, "steps": steps}, partial)
-    os.replace(partial, path)
-    if keep:
-        for old in sorted(folder.glob("[0-9]*.pt"))[:-keep]:
-            old.unlink()
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path, sync=True) as file:
+            try:
+                torch.save({**state, "steps": steps}, file)
+            except RuntimeError as error:  # torch covers the error of the disk by one of its own
+                raise error.__context__ if isinstance(error.__context__, OSError) else error  # noqa: B904
+        if keep:
+            for old in sorted(folder.glob("[0-9]*.pt"))[:-keep]:
+                old.unlink()
     return path
 
 
@@ -323,17 +366,18 @@ class JsonLog:
         self.path = path
         if not self.active:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _logged_step(line) <= start_step]
-            path.write_text("".join(f"{line}\n" for line in lines))
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text().splitlines() if path.exists() else []
+            with atomic_file(path) as file:
+                file.writelines(f"{line}\n".encode() for line in lines if _logged_step(line) <= start_step)
 
     def write(self, **fields) -> None:
         """Log numbers, strings or lists; tensors of one element become floats."""
         if self.active:
             fields = {k: v.item() if isinstance(v, Tensor) else v for k, v in fields.items()}
             line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in fields.items()})
-            with open(self.path, "a") as file:
+            with writing(self.path), open(self.path, "a") as file:
                 file.write(line + "\n")
             print(line, flush=True)
 
@@ -350,6 +394,8 @@ class StopSignal:
 
     def __init__(self, accelerator: Accelerator):
         self.requested, self.accelerator = False, accelerator
+        self.asked = None  # step and time of the last agreement
+        self.next_step = 0  # of the next one
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request)
 
@@ -361,15 +407,20 @@ class StopSignal:
     def agreed(self, step: int) -> bool:
         """Whether to stop before step `step`.
 
-        Several processes, whose signals come at different times, agree on it every tenth step: one that stopped alone
-        would leave the others waiting for its gradients.
+        Several processes, whose signals come at different times, agree on it: one that stopped alone would leave the
+        others waiting for its gradients. As they wait for their devices to do so, they agree about once a second.
         """
         if self.accelerator.num_processes == 1:
             return self.requested
-        if step % 10:
+        if step < self.next_step:
             return False
-        flag = torch.tensor(float(self.requested), device=self.accelerator.device)
-        return self.accelerator.reduce(flag, "sum").item() > 0
+        now = time.monotonic()
+        seconds = (now - self.asked[1]) / (step - self.asked[0]) if self.asked else math.inf
+        self.asked = step, now
+        report = torch.tensor([float(self.requested), seconds], device=self.accelerator.device)
+        requested, seconds = self.accelerator.reduce(report, "sum").tolist()  # the same everywhere
+        self.next_step = step + max(1, int(self.accelerator.num_processes / max(seconds, 1e-3)))
+        return requested > 0
 
 
 class Meter:
@@ -395,3 +446,145 @@ class Meter:
         rate = {"images_per_s": self.images / (time.perf_counter() - self.start)}
         self.reset()
         return means | rate
+
+
+class TrainingRun:
+    """A run folder at work: where the run goes on, its log, its checkpoints and its end.
+
+    Make one before `accelerator.prepare`: it loads the newest checkpoint, if there is one, into `parts` and `ema`.
+
+    Args:
+        args: the flags of :func:`add_training_flags`, and others.
+        accelerator: devices and ranks.
+        images: in the training data.
+        data: what tells the training data from others, {what: JSON value}.
+        parts: {key in a checkpoint: what has a state_dict}; "model" is the model.
+        ema: its average, if there is one.
+        about: what else a checkpoint tells of the model; export.py needs `name` and `config`.
+        free: flags of this trainer that may change when a run goes on, besides FREE_FLAGS.
+        notes: more for the log's first line.
+
+    Attributes:
+        step: steps made so far.
+        steps: of the whole run.
+        log: the :class:`JsonLog`.
+
+    Raises:
+        TrainingError: the folder's run has other flags or data, or can't be read or written.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        images: int,
+        data: dict,
+        parts: dict[str, nn.Module | torch.optim.Optimizer | Optimizers],
+        ema: Ema | None,
+        about: dict,
+        free: set[str] = frozenset(),
+        notes: dict | None = None,
+    ):
+        self.args, self.accelerator, self.images = args, accelerator, images
+        self.data, self.parts, self.ema, self.about, self.free = data, parts, ema, about, FREE_FLAGS | free
+        self.folder = args.results_dir / "checkpoints"
+        self.steps, self.step = total_steps(args, images), 0
+        if accelerator.is_main_process:
+            remove_partial(self.folder)
+        checkpoint = load_latest_checkpoint(self.folder)
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        self.saved = self.step
+        self.log, self.meter = JsonLog(args.results_dir / "log.jsonl", accelerator, self.step), Meter()
+        start = {"processes": accelerator.num_processes, "args": plain_args(args), **(notes or {})}
+        start["parameters"] = sum(p.numel() for p in parts["model"].parameters())
+        self.log.write(step=self.step, start=True, steps=self.steps, images=images, **start)
+        self.first_bad = torch.zeros((), dtype=torch.long, device=accelerator.device)
+
+    def _resume(self, checkpoint: dict) -> None:
+        there = self._settings(checkpoint["args"], checkpoint.get("data", {}))
+        here = self._settings(plain_args(self.args), self.data)
+        differ = [key for key in there if key in here and there[key] != here[key]]
+        if differ:
+            told = "; ".join(f"{key} was {there[key]} and is {here[key]}" for key in differ)
+            raise TrainingError(
+                f"{self.args.results_dir} holds a run with other settings: {told}. Give it the same to go on, or "
+                "choose another --results-dir; that may start from the weights of this one"
+            )
+        for key, part in self.parts.items():
+            part.load_state_dict(checkpoint[key])
+        if self.ema:
+            self.ema.load(checkpoint["ema"], checkpoint["ema_updates"])
+        self.step = checkpoint["steps"]
+
+    def _settings(self, args: dict, data: dict) -> dict:
+        """What the steps depend on, as JSON knows it."""
+        flags = {"--" + name.replace("_", "-"): value for name, value in args.items() if name not in self.free}
+        return json.loads(json.dumps(flags | data))
+
+    def batches(self, dataset: Dataset) -> Generator[list[Tensor]]:
+        """One batch for each step of this process, until the run's end or a signal. Each step's seed is set.
+
+        Use it within `contextlib.closing`, so that the data loader ends with the loop however that ends.
+        """
+        stop = StopSignal(self.accelerator)
+        self.meter.reset()
+        with closing(step_loader(dataset, self.args, self.step, self.accelerator)) as loader:
+            while self.step < self.steps and not stop.agreed(self.step):
+                batch = next(loader)  # before seeding: the first one starts the loader, which draws a number
+                seed_step(self.args.global_seed, self.step, self.accelerator.process_index)
+                yield batch
+
+    def learning_rate(self) -> float:
+        """Of the step that is being made."""
+        return learning_rate(self.step, self.args, self.steps)
+
+    def count(self, values: dict[str, Tensor]) -> None:
+        """Count a step that is made, of which `values` are told, and log it if that is due."""
+        rate = self.learning_rate()
+        self.step += 1
+        self.meter.add(self.args.global_batch_size, **values)
+        with torch.no_grad():
+            bad = ~torch.isfinite(sum(values.values()))
+            self.first_bad = torch.where(bad & (self.first_bad == 0), self.step, self.first_bad)
+        if self.due(self.args.log_every):
+            epoch = self.step * self.args.global_batch_size / self.images
+            self.log.write(step=self.step, epoch=epoch, lr=rate, **self.meter.read())
+
+    def due(self, every: int) -> bool:
+        """Whether something that is done every so many steps is to be done now. Raises TrainingError after a NaN."""
+        if self.step != self.steps and (not every or self.step % every):
+            return False
+        self._check()
+        return True
+
+    def _check(self) -> None:
+        if bad := self.first_bad.item():
+            self._fail(f"the loss or the norm of its gradient is not finite at step {bad}")
+
+    def _fail(self, what: str) -> NoReturn:
+        raise TrainingError(
+            f"{what}. Older checkpoints are kept in {self.folder}: start another --results-dir from the newest, with a "
+            "lower --lr, more --warmup-steps or --mixed-precision none"
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint, on the main process. Raises TrainingError after a NaN, or if it can't be written."""
+        self._check()
+        if not all(p.isfinite().all() for p in self.parts["model"].parameters()):
+            self._fail(f"step {self.step} left weights that are not finite")
+        self.saved = self.step
+        if self.args.no_local_save or not self.accelerator.is_main_process:
+            return
+        state = {key: part.state_dict() for key, part in self.parts.items()}
+        state |= {"args": plain_args(self.args), "data": self.data, **self.about}
+        if self.ema:
+            state |= {"ema": self.ema.weights, "ema_updates": self.ema.updates}
+        save_checkpoint(self.folder, self.step, state, self.args.keep_checkpoints)
+
+    def finish(self) -> None:
+        """Save what isn't saved yet, and let the processes go."""
+        if self.saved != self.step:
+            self.save()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()

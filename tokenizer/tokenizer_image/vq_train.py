@@ -9,7 +9,9 @@ with the same folder, a run goes on from its last checkpoint and makes the very 
 """
 
 import argparse
+import hashlib
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,22 +27,14 @@ from torch.utils.data import Dataset
 from autoregressive.models.checkpoint import CheckpointError, load_model
 from autoregressive.train.training import (
     Ema,
-    JsonLog,
-    Meter,
-    StopSignal,
     TrainingError,
+    TrainingRun,
     add_training_flags,
     build_accelerator,
     build_optimizer,
-    learning_rate,
-    load_latest_checkpoint,
-    plain_args,
-    save_checkpoint,
-    seed_step,
     set_learning_rate,
-    step_loader,
     swapped_weights,
-    total_steps,
+    writing,
 )
 from tokenizer.tokenizer_image.images import (
     ImageError,
@@ -92,6 +86,10 @@ class CropDataset(Dataset):
         top = rng.integers(image.height - self.size + 1)
         array = np.asarray(image.crop((left, top, left + self.size, top + self.size)))
         return from_uint8(array[:, ::-1] if rng.random() < 0.5 else array)
+
+
+# May change when a run goes on, besides FREE_FLAGS: validation, and where things lie.
+FREE_VQ_FLAGS = {"data_path", "val_path", "val_images", "val_image_size", "cache_images", "lpips_weights"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -166,7 +164,7 @@ def train(args: argparse.Namespace) -> None:
     if args.gradient_accumulation_steps != 1:
         raise TrainingError("--gradient-accumulation-steps is not supported by this trainer; use more processes")
     accelerator = build_accelerator(args)
-    device, rank = accelerator.device, accelerator.process_index
+    device = accelerator.device
     torch.manual_seed(args.global_seed)
     model = build_model(args).to(device)
     optimizer = build_optimizer(model, args)
@@ -177,27 +175,25 @@ def train(args: argparse.Namespace) -> None:
     ema = Ema(model, args.ema_decay) if args.ema else None
 
     files, _, _ = list_image_folder(args.data_path)
-    steps = total_steps(args, len(files))
-    step = 0
-    checkpoint = load_latest_checkpoint(args.results_dir / "checkpoints")
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if gan and "discriminator" in checkpoint:
-            discriminator.load_state_dict(checkpoint["discriminator"])
-            disc_optimizer.load_state_dict(checkpoint["optimizer_disc"])
-        if ema:
-            ema.load(checkpoint["ema"], checkpoint["ema_updates"])
-        step = checkpoint["steps"]
-        del checkpoint
-
-    log = JsonLog(args.results_dir / "log.jsonl", accelerator, step)
-    log.write(step=step, start=True, steps=steps, images=len(files), args=plain_args(args))
+    names = "\n".join(file.relative_to(args.data_path).as_posix() for file in files)
+    digest = hashlib.sha256(names.encode()).hexdigest()[:16]
     dataset = CropDataset(files, args.image_size, tuple(args.resize_range), args.global_seed, args.cache_images)
+    parts = {"model": model, "optimizer": optimizer}
+    if gan:
+        parts |= {"discriminator": discriminator, "optimizer_disc": disc_optimizer}
+    run = TrainingRun(
+        args,
+        accelerator,
+        len(files),
+        {"the images": f"{len(files)}, sha256 of their names {digest}"},
+        parts,
+        ema,
+        about={"name": args.vq_model, "config": asdict(model.config)},
+        free=FREE_VQ_FLAGS,
+    )
     validation = []
     if args.val_path and accelerator.is_main_process:
         validation = load_images(args.val_path, args.val_image_size or args.image_size, args.val_images)
-    loader = step_loader(dataset, args, step, accelerator)
 
     # channels_last: the convolution kernels of every device prefer it
     model = model.to(memory_format=torch.channels_last)
@@ -210,20 +206,6 @@ def train(args: argparse.Namespace) -> None:
     if args.freeze_encoder:
         raw.quantize.eval()  # no codebook losses, and the usage window stays as it is
 
-    def save() -> None:
-        if args.no_local_save or not accelerator.is_main_process:
-            return
-        state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "args": plain_args(args)}
-        state |= {"name": args.vq_model, "config": asdict(raw.config)}
-        if gan:
-            state |= {
-                "discriminator": accelerator.unwrap_model(discriminator).state_dict(),
-                "optimizer_disc": disc_optimizer.state_dict(),
-            }
-        if ema:
-            state |= {"ema": ema.weights, "ema_updates": ema.updates}
-        save_checkpoint(args.results_dir / "checkpoints", step, state, args.keep_checkpoints)
-
     def evaluate() -> None:
         if not validation:
             return
@@ -231,78 +213,71 @@ def train(args: argparse.Namespace) -> None:
             metrics, reconstructions = reconstruct(raw, validation, device)
         if args.freeze_encoder:
             raw.quantize.eval()
-        log.write(step=step, **metrics)
-        save_pictures(args.results_dir / "samples" / f"{step:07d}.png", validation, reconstructions)
+        run.log.write(step=run.step, **metrics)
+        path = args.results_dir / "samples" / f"{run.step:07d}.png"
+        with writing(path):
+            save_pictures(path, validation, reconstructions)
+        run.meter.reset()
 
     restart_every = args.codebook_restart_every
-    stop, meter = StopSignal(accelerator), Meter()
-    saved = step
-    while step < steps and not stop.agreed(step):
-        seed_step(args.global_seed, step, rank)
-        x = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last)
-        rate = learning_rate(step, args, steps)
-        set_learning_rate(optimizer, rate)
-        if restart_every and step <= args.codebook_restart_until and step % restart_every == 0:
-            restart_codes(raw, x, accelerator, optimizer)
+    with closing(run.batches(dataset)) as batches:
+        for x in batches:
+            x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
+            rate = run.learning_rate()
+            set_learning_rate(optimizer, rate)
+            if restart_every and run.step <= args.codebook_restart_until and run.step % restart_every == 0:
+                restart_codes(raw, x, accelerator, optimizer)
 
-        raw.quantize.bypass = args.bypass if step < args.bypass_until else 0.0
-        reconstruction, (vq, commit, entropy, usage) = forward(x)
-        rec = args.reconstruction_weight * reconstruction_loss(args.reconstruction_loss, x, reconstruction)
-        values = {"rec": rec}
-        loss = rec
-        if args.color_weight:
-            values["color"] = color = color_loss(x, reconstruction)
-            loss = loss + args.color_weight * color
-        if lpips:
-            values["perceptual"] = perceptual = lpips(x, reconstruction)
-            loss = loss + args.perceptual_weight * perceptual
-        gan_now = gan and step >= args.disc_start
-        if gan_now:
-            # not through DDP, which would wait for gradients of the discriminator
-            critic = accelerator.unwrap_model(discriminator).requires_grad_(False)
-            adversarial = generator_loss(args.gen_loss, critic(reconstruction))
-            weight = args.disc_weight
-            if args.disc_adaptive_weight:
-                weight = weight * adaptive_weight(loss, adversarial, raw.decoder.last_layer)
-            values["gen"] = adversarial
-            loss = loss + weight * adversarial
-        if vq is not None:
-            loss = loss + args.codebook_weight * (vq + commit + entropy)
-            values |= {"vq": vq, "commit": commit, "usage": usage}
-        values["loss"] = loss
-        accelerator.backward(loss)
-        if args.max_grad_norm:
-            values["grad_norm"] = accelerator.clip_grad_norm_(raw.parameters(), args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema:
-            ema.update(raw)
-
-        if gan_now:
-            set_learning_rate(disc_optimizer, rate)
-            critic.requires_grad_(True)
-            logits = discriminator(torch.cat([x, reconstruction.detach()]))
-            values["disc"] = disc = discriminator_loss(args.disc_loss, *logits.chunk(2))
-            accelerator.backward(disc)
+            raw.quantize.bypass = args.bypass if run.step < args.bypass_until else 0.0
+            reconstruction, (vq, commit, entropy, usage) = forward(x)
+            rec = args.reconstruction_weight * reconstruction_loss(args.reconstruction_loss, x, reconstruction)
+            values = {"rec": rec}
+            loss = rec
+            if args.color_weight:
+                values["color"] = color = color_loss(x, reconstruction)
+                loss = loss + args.color_weight * color
+            if lpips:
+                values["perceptual"] = perceptual = lpips(x, reconstruction)
+                loss = loss + args.perceptual_weight * perceptual
+            gan_now = gan and run.step >= args.disc_start
+            if gan_now:
+                # not through DDP, which would wait for gradients of the discriminator
+                critic = accelerator.unwrap_model(discriminator).requires_grad_(False)
+                adversarial = generator_loss(args.gen_loss, critic(reconstruction))
+                weight = args.disc_weight
+                if args.disc_adaptive_weight:
+                    weight = weight * adaptive_weight(loss, adversarial, raw.decoder.last_layer)
+                values["gen"] = adversarial
+                loss = loss + weight * adversarial
+            if vq is not None:
+                loss = loss + args.codebook_weight * (vq + commit + entropy)
+                values |= {"vq": vq, "commit": commit, "usage": usage}
+            values["loss"] = loss
+            accelerator.backward(loss)
             if args.max_grad_norm:
-                accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm)
-            disc_optimizer.step()
-            disc_optimizer.zero_grad(set_to_none=True)
+                values["grad_norm"] = accelerator.clip_grad_norm_(raw.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema:
+                ema.update(raw)
 
-        step += 1
-        meter.add(args.global_batch_size, **values)
-        if step % args.log_every == 0 or step == steps:
-            log.write(step=step, lr=rate, **meter.read())
-        if step % args.eval_every == 0 or step == steps:
-            evaluate()
-            meter.reset()
-        if step % args.ckpt_every == 0 or step == steps:
-            save()
-            saved = step
-    if saved != step:
-        save()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+            if gan_now:
+                set_learning_rate(disc_optimizer, rate)
+                critic.requires_grad_(True)
+                logits = discriminator(torch.cat([x, reconstruction.detach()]))
+                values["disc"] = disc = discriminator_loss(args.disc_loss, *logits.chunk(2))
+                accelerator.backward(disc)
+                if args.max_grad_norm:
+                    accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm)
+                disc_optimizer.step()
+                disc_optimizer.zero_grad(set_to_none=True)
+
+            run.count(values)
+            if run.due(args.eval_every):
+                evaluate()
+            if run.due(args.ckpt_every):
+                run.save()
+    run.finish()
 
 
 @torch.no_grad()

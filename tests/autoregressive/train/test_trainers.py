@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from autoregressive.models.checkpoint import load_model
 from autoregressive.models.gpt import ModelArgs, Transformer
-from autoregressive.train import export, extract_codes_c2i, gpt_training, plot_log, train_c2i
+from autoregressive.train import export, extract_codes_c2i, plot_log, train_c2i, training
 from tests.autoregressive.train.conftest import TINY_GPT, TINY_VQ
 from tokenizer.tokenizer_image import reconstruction, vq_train
 from tokenizer.tokenizer_image.vq_model import VQ_models
@@ -111,33 +111,33 @@ def assert_same_checkpoint(a, b):
             assert same, key
 
 
-def interrupted(module, flags, monkeypatch, loop=gpt_training):
+def interrupted(module, flags, monkeypatch):
     """Crash right after the checkpoint of step 2, then SIGTERM in the middle of step 4, then run to the end."""
-    save, seed = loop.save_checkpoint, loop.seed_step
+    save, seed = training.save_checkpoint, training.seed_step
 
     def crash(folder, steps, *rest):
         save(folder, steps, *rest)
         raise MemoryError("as good as kill -9")
 
-    monkeypatch.setattr(loop, "save_checkpoint", crash)
+    monkeypatch.setattr(training, "save_checkpoint", crash)
     with pytest.raises(MemoryError):
         module.main(flags)
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(training, "save_checkpoint", save)
 
     def terminate(base, step, rank):
         seed(base, step, rank)
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop, "seed_step", terminate)
+    monkeypatch.setattr(training, "seed_step", terminate)
     module.main(flags)
-    monkeypatch.setattr(loop, "seed_step", seed)
+    monkeypatch.setattr(training, "seed_step", seed)
     module.main(flags)
 
 
 def test_vq_resume_is_exact(images, tmp_path, monkeypatch):
     vq_train.main(vq_flags(images, tmp_path / "whole"))
-    interrupted(vq_train, vq_flags(images, tmp_path / "broken"), monkeypatch, loop=vq_train)
+    interrupted(vq_train, vq_flags(images, tmp_path / "broken"), monkeypatch)
     assert (tmp_path / "broken" / "checkpoints" / "0000005.pt").exists()  # what SIGTERM left
     assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
     assert_same_checkpoint(tmp_path / "broken", tmp_path / "whole")
