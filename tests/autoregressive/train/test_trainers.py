@@ -1,6 +1,8 @@
 """Both trainers end to end on tiny data: they learn, and a run that was cut short ends as an unbroken one."""
 
 import json
+import math
+import multiprocessing
 import os
 import re
 import signal
@@ -156,6 +158,66 @@ def test_gpt_resume_is_exact(codes, vq_ckpt, tmp_path, monkeypatch, optimizer):
     for name in ("0000004.png", "0000006.png"):
         pictures = [(tmp_path / run / "samples" / name).read_bytes() for run in ("whole", "broken")]
         assert pictures[0] == pictures[1]
+
+
+def test_signals_reach_workers_and_do_no_harm(codes, tmp_path, monkeypatch):
+    """A terminal's Ctrl-C and torchrun's end are for all processes of a group."""
+    seed = training.seed_step
+
+    def interrupt(base, step, rank):
+        seed(base, step, rank)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, signal.SIGTERM)
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training, "seed_step", interrupt)
+    train_c2i.main(gpt_flags(codes, tmp_path / "run", "--num-workers", "2", "--max-steps", "50", "--eval-every", "0"))
+    assert log_of(tmp_path / "run")[-1]["step"] == 9
+    assert (tmp_path / "run" / "checkpoints" / "0000009.pt").exists()
+    assert not multiprocessing.active_children()
+
+
+def test_a_run_goes_on_with_the_same_settings_only(codes, images, tmp_path):
+    train_c2i.main(gpt_flags(codes, tmp_path / "run", "--max-steps", "2"))
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    with pytest.raises(
+        SystemExit, match=r"run holds a run with other settings: --lr was 0.001 and is 0.002; --ema was"
+    ):
+        train_c2i.main(gpt_flags(codes, tmp_path / "run", "--lr", "2e-3", "--no-ema"))
+    meta = json.loads((codes / "meta.json").read_text())
+    (codes / "meta.json").write_text(json.dumps(meta | {"classes": ["other", "names", "here"]}))
+    with pytest.raises(SystemExit, match=r"settings: the codes was 9 x 2 x 16, sha256 .* and is 9 x 2 x 16, sha256 "):
+        train_c2i.main(gpt_flags(codes, tmp_path / "run"))
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+    # Elsewhere, longer, with other reports and another split of the work: all these may change.
+    (codes / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    codes.rename(tmp_path / "moved")
+    more = ("--max-steps", "4", "--log-every", "2", "--gradient-accumulation-steps", "1", "--sample-classes", "1")
+    train_c2i.main(gpt_flags(tmp_path / "moved", tmp_path / "run", *more))
+    assert [line["step"] for line in log_of(tmp_path / "run") if "loss" in line] == [1, 2, 4]
+
+    vq_train.main(vq_flags(images, tmp_path / "vq", "--max-steps", "1"))
+    (images / "0_red_a" / "0.png").unlink()
+    with pytest.raises(SystemExit, match=r"settings: the images was 9, .* and is 8, "):
+        vq_train.main(vq_flags(images, tmp_path / "vq"))
+
+
+@pytest.mark.parametrize("clip", ["1", "0"])
+def test_what_is_not_finite_ends_the_run_and_is_not_saved(codes, tmp_path, monkeypatch, clip):
+    rate = training.learning_rate
+    monkeypatch.setattr(training, "learning_rate", lambda step, *rest: math.nan if step == 2 else rate(step, *rest))
+    more = ("--ckpt-every", "1", "--keep-checkpoints", "1", "--max-grad-norm", clip)
+    with pytest.raises(SystemExit, match=r"train_c2i: step 3 left weights that are not finite\. Older .*lower --lr"):
+        train_c2i.main(gpt_flags(codes, tmp_path / "run", *more))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000002.pt"]
+
+    more = ("--ckpt-every", "2", "--log-every", "10", "--eval-every", "0", "--max-grad-norm", clip)
+    with pytest.raises(SystemExit, match=r"train_c2i: the loss or the norm of its gradient is not finite at step 4\."):
+        train_c2i.main(gpt_flags(codes, tmp_path / "late", *more))
+    assert [path.name for path in (tmp_path / "late" / "checkpoints").iterdir()] == ["0000002.pt"]
 
 
 def test_tokenizer_learns_and_the_decoder_can_be_tuned_alone(images, tmp_path):

@@ -3,17 +3,21 @@
 import argparse
 import json
 import math
+import resource
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from autoregressive.train import training
 from autoregressive.train.training import (
     Ema,
     JsonLog,
     Muon,
     StepSampler,
+    StopSignal,
     TrainingError,
     add_training_flags,
     build_accelerator,
@@ -150,3 +154,52 @@ def test_a_resumed_log_drops_what_will_be_logged_again(tmp_path):
         {"step": 1, "loss": 0.5},
         {"step": 2, "loss": 0.5},
     ]
+
+
+@contextmanager
+def full_disk():
+    """A limit on the size of files stands for it: the system refuses in the middle of a write."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_named_and_costs_nothing(tmp_path):
+    save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(1)}}, keep=1)
+    with full_disk(), pytest.raises(TrainingError, match=r"0000002\.pt can't be written \(File too large\). Make room"):
+        save_checkpoint(tmp_path, 2, {"model": {"w": torch.ones(1 << 16)}}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["0000001.pt"]
+
+    log, main_process = tmp_path / "log.jsonl", SimpleNamespace(is_main_process=True)
+    written = "".join(json.dumps({"step": step, "text": "x" * 1000}) + "\n" for step in range(100))
+    log.write_text(written)
+    with full_disk(), pytest.raises(TrainingError, match=r"log\.jsonl can't be written"):
+        JsonLog(log, main_process, 50)
+    assert log.read_text() == written
+    with full_disk(), pytest.raises(TrainingError, match=r"log\.jsonl can't be written"):
+        JsonLog(log, main_process, 10).write(step=11, text="x" * (1 << 15))
+
+
+@pytest.mark.parametrize(("seconds", "asked"), [(3.0, 200), (0.3, 67), (0.02, 5)])
+def test_processes_agree_to_stop_once_a_second(monkeypatch, seconds, asked):
+    """This one of two alike is told to stop before step 100 of 200."""
+    clock, questions = [0.0], []
+
+    def reduce(report, how):
+        questions.append(report)
+        return 2 * report
+
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    stop = StopSignal(SimpleNamespace(num_processes=2, device="cpu", reduce=reduce))
+    agreed = []
+    for step in range(200):
+        if step == 100:
+            stop.requested = True
+        if stop.agreed(step):
+            agreed.append(step)
+        clock[0] += seconds
+    assert 0 <= (agreed[0] - 100) * seconds <= 1
+    assert len(questions) == pytest.approx(asked, abs=1)
