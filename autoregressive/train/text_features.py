@@ -11,6 +11,7 @@ images relative to the file's own folder. A feature folder, made by extract_text
 Texts are the different captions of the file in order of appearance; each is encoded once.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -75,7 +76,7 @@ class TextFeatures:
                 f"{path} has no meta.json: make it with autoregressive/train/extract_text_features.py "
                 "(started again, it finishes an interrupted job)"
             )
-        self.meta = json.loads((path / "meta.json").read_text())
+        self.path, self.meta = path, json.loads((path / "meta.json").read_text())
         self.captions = read_captions(path / "captions.jsonl")
         texts = texts_of(self.captions)
         self.index = {text: i for i, text in enumerate(texts)}
@@ -84,6 +85,13 @@ class TextFeatures:
             features, lengths = shard_files(path, shard)
             offsets = np.concatenate([[0], np.load(lengths).cumsum()])
             self.shards.append((np.load(features, mmap_mode="r"), offsets))
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells these features from others, for people and for comparison."""
+        digest = hashlib.sha256((self.path / "captions.jsonl").read_bytes())
+        digest.update((self.path / "meta.json").read_bytes())
+        return {"the text features": f"{len(self.index)} texts, sha256 {digest.hexdigest()[:16]}"}
 
     def __getitem__(self, text: str) -> np.ndarray:
         """Features of one of the captions: float16 [rows, C]."""

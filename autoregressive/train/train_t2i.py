@@ -63,6 +63,10 @@ class CaptionDataset(CodeDataset):
                 "one captions file (extract_codes_c2i.py --data-path, extract_text_features.py --captions)"
             )
 
+    @property
+    def identity(self) -> dict[str, str]:
+        return super().identity | self.text.identity
+
     def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
         """One of an image's captions, or without `rng` its first."""
         captions = self.text.captions[self.images[index]]
@@ -114,7 +118,7 @@ def build_model(args: argparse.Namespace, data: CaptionDataset) -> tuple[Transfo
     """The GPT for these codes and features; what --init-from gave it goes into the log."""
     condition = {"model_type": "t2i", "caption_dim": data.text.meta["caption_dim"], "cls_token_num": data.length}
     model = build_gpt(args, data, **condition)
-    notes = {"text_encoder": data.text.meta["text_encoder"]}
+    notes = {"text_encoder": data.text.meta["text_encoder"]["name"]}
     if args.init_from:
         fresh = load_shared(model, args.init_from)
         notes |= {"tensors_taken": len(model.state_dict()) - len(fresh), "tensors_fresh": fresh}
@@ -140,7 +144,8 @@ def train(args: argparse.Namespace) -> None:
         if held_out.text.meta["text_encoder"] != data.text.meta["text_encoder"]:
             raise TrainingError(f"{args.val_text_path} and {args.text_path} are of different text encoders")
     shown = examples(args, [data, held_out] if held_out else [data])
-    train_gpt(args, data, held_out, shown, lambda: build_model(args, data))
+    free = {"text_path", "val_text_path", "sample_images"}
+    train_gpt(args, data, held_out, shown, lambda: build_model(args, data), free)
 
 
 def main(argv: list[str] | None = None) -> None:
