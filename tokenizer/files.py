@@ -1,11 +1,12 @@
-"""Files that are never seen half-written, whatever happens to the process that writes them."""
+"""Files: written so that they are never seen half-written, and told apart by what is in them."""
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 @contextmanager
@@ -47,6 +48,17 @@ def remove_partial(folder: Path) -> None:
     """Delete what killed processes left in a folder. None may be at work in it."""
     for partial in folder.glob(".*.part"):
         partial.unlink()
+
+
+def fingerprint(path: str | Path) -> dict[str, Any]:
+    """Tells files apart quickly: name, bytes, and SHA-256 of the size and up to 64 blocks of 1 MiB, evenly spread."""
+    size, block, digest = Path(path).stat().st_size, 1 << 20, hashlib.sha256()
+    digest.update(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(min(64, -(-size // block))):
+            file.seek(i * block if size <= 64 * block else i * (size - block) // 63)
+            digest.update(file.read(block))
+    return {"file": Path(path).name, "bytes": size, "sha256_of_blocks": digest.hexdigest()}
 
 
 def _sync(path: Path, flags: int) -> None:

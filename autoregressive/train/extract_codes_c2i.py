@@ -5,14 +5,15 @@
     torchrun --nproc_per_node 8 autoregressive/train/extract_codes_c2i.py ...      # the same on eight GPUs
     python autoregressive/train/extract_codes_c2i.py --data-path photos/captions.jsonl ...     # with captions
 
-Writes codes.npy (uint16 or int32 [images, variants, tokens], raster order), images.json (their file names), labels.npy
-(int32 [images]; -1: unreadable and skipped) and, once all is done, meta.json. An interrupted job goes on where it was.
+Writes job.json (what the codes depend on), images.json (file names), codes.npy (uint16 or int32 [images, variants,
+tokens], raster order), labels.npy (int32 [images]; -1: unreadable and skipped) and, once all is done, meta.json. An
+interrupted job, started again with the same flags, goes on where it was.
 """
 
 import argparse
 import fnmatch
+import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from autoregressive.models.checkpoint import CheckpointError, load_model
 from autoregressive.train.text_features import read_captions
 from autoregressive.train.training import TrainingError, join_processes
-from tokenizer.files import atomic_file
+from tokenizer.files import atomic_file, fingerprint, remove_partial
 from tokenizer.tokenizer_image.images import (
     ImageError,
     center_crop,
@@ -37,7 +38,7 @@ from tokenizer.tokenizer_image.images import (
     list_image_folder,
     load_rgb,
 )
-from tokenizer.tokenizer_image.vq_model import VQ_models
+from tokenizer.tokenizer_image.vq_model import ModelArgs, VQ_models
 
 
 class ExtractError(RuntimeError):
@@ -153,32 +154,65 @@ def select_classes(
     return [file for file, _ in pairs], np.array([label for _, label in pairs], np.int32), [classes[i] for i in kept]
 
 
-def write_names(path: Path, names: list[str]) -> None:
-    """Write the images' names, or make sure that an interrupted job had the same ones."""
+def describe_job(args: argparse.Namespace, config: ModelArgs, names: list[str], classes: list[str]) -> dict:
+    """What the codes depend on, by the flag that says it."""
+    tokenizer = fingerprint(args.vq_ckpt)
+    digest = hashlib.sha256("\n".join([*classes, "", *names]).encode()).hexdigest()
+    return {
+        "--data-path": f"{len(names)} images of {len(classes)} classes, sha256 of their names {digest[:16]}",
+        "--vq-model": args.vq_model,
+        "--vq-ckpt": f"{tokenizer['bytes']} bytes, sha256 of blocks {tokenizer['sha256_of_blocks'][:16]}",
+        "--codebook-size": config.codebook_size,
+        "--codebook-embed-dim": config.codebook_embed_dim,
+        "--image-size": args.image_size,
+        "--flip": args.flip,
+        "--ten-crop": args.ten_crop,
+        "--crop-range": args.crop_range if args.ten_crop else None,
+        "--jitter": args.jitter,
+        "--global-seed": args.global_seed if args.jitter else None,
+        "--blank": args.blank,
+    }
+
+
+def start_job(folder: Path, job: dict, names: list[str]) -> None:
+    """Write job.json and images.json, or make sure that the folder is of this job. Raises ExtractError if it isn't."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partial(folder)
+    path = folder / "job.json"
     if path.exists():
-        if json.loads(path.read_text()) != names:
-            raise ExtractError(f"{path} names other images than this job has; delete its folder or choose another")
-        return
-    with atomic_file(path) as file:
-        file.write(json.dumps(names).encode())
-
-
-def open_codes(path: Path, shape: tuple[int, ...], codebook_size: int, create: bool) -> np.memmap:
-    """The array on disk; places not yet filled hold the dtype's largest value."""
-    dtype = np.uint16 if codebook_size < 2**16 - 1 else np.int32
-    if create and not path.exists():
-        partial = path.with_name(path.name + ".part")
-        array = np.lib.format.open_memmap(partial, "w+", dtype, shape)
-        array[:] = np.iinfo(dtype).max
-        array.flush()
-        os.replace(partial, path)
-    array = np.load(path, mmap_mode="r+")
-    if array.shape != shape or array.dtype != dtype:
+        there = json.loads(path.read_text())
+        differ = [flag for flag in {**there, **job} if there.get(flag) != job.get(flag)]
+        if differ:
+            told = "; ".join(f"{flag} was {there.get(flag)} and is {job.get(flag)}" for flag in differ)
+            raise ExtractError(
+                f"{folder} holds codes of another job: {told}. Give it the same to go on, or choose another --code-path"
+            )
+    elif (folder / "codes.npy").exists():
         raise ExtractError(
-            f"{path} holds {array.dtype} {array.shape}, this job makes {np.dtype(dtype)} {shape}: it is of another "
-            "job; delete its folder or choose another --code-path"
+            f"{folder} holds codes but no job.json, so what they were made from can't be told: delete the folder, or "
+            "choose another --code-path"
         )
-    return array
+    else:
+        for name, content in (("images.json", names), ("job.json", job)):
+            write_json(folder / name, content)
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def create_codes(path: Path, shape: tuple[int, int, int], codebook_size: int) -> None:
+    """Make the array on disk, if it isn't there: images not yet encoded hold the dtype's largest value."""
+    if path.exists():
+        return
+    dtype = np.dtype(np.uint16 if codebook_size < 2**16 - 1 else np.int32)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    blank = np.full(shape[1:], np.iinfo(dtype).max, dtype).tobytes()
+    with atomic_file(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for _ in range(shape[0]):
+            file.write(blank)
 
 
 @torch.no_grad()
@@ -186,9 +220,6 @@ def extract(args: argparse.Namespace) -> None:
     """Fill the code folder; see the module's docstring."""
     accelerator = join_processes()
     rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    if (args.code_path / "meta.json").exists():
-        accelerator.print(f"{args.code_path} is complete (it has meta.json): nothing to do")
-        return
     sizes = {"codebook_size": args.codebook_size} if args.codebook_size else {}
     model = VQ_models[args.vq_model](codebook_embed_dim=args.codebook_embed_dim, **sizes)
     load_model(model, args.vq_ckpt).eval().to(accelerator.device)
@@ -196,19 +227,24 @@ def extract(args: argparse.Namespace) -> None:
     if args.image_size % downsample:
         raise ExtractError(f"--image-size {args.image_size} is not a multiple of {args.vq_model}'s {downsample} pixels")
 
-    white = torch.ones(1, 3, args.image_size, args.image_size, device=accelerator.device)
-    blank_code = model.encode(white)[2][2].cpu().mode().values.item() if args.blank else None
     files, labels, classes = select_classes(args.data_path, args.classes, args.skip_classes)
     root = args.data_path.parent if args.data_path.suffix == ".jsonl" else args.data_path
     names = [file.relative_to(root).as_posix() for file in files]
+    if main_process:
+        start_job(args.code_path, describe_job(args, model.config, names, classes), names)
+    accelerator.wait_for_everyone()
+    if (args.code_path / "meta.json").exists():
+        accelerator.print(f"{args.code_path} is complete (it has meta.json): nothing to do")
+        return
+
+    white = torch.ones(1, 3, args.image_size, args.image_size, device=accelerator.device)
+    blank_code = model.encode(white)[2][2].cpu().mode().values.item() if args.blank else None
     views = ((5 if args.ten_crop else 1) + args.jitter) * (2 if args.flip else 1)
     shape = (len(files), views, (args.image_size // downsample) ** 2)
-    args.code_path.mkdir(parents=True, exist_ok=True)
     if main_process:
-        write_names(args.code_path / "images.json", names)
-        open_codes(args.code_path / "codes.npy", shape, model.config.codebook_size, create=True)
+        create_codes(args.code_path / "codes.npy", shape, model.config.codebook_size)
     accelerator.wait_for_everyone()
-    codes = open_codes(args.code_path / "codes.npy", shape, model.config.codebook_size, create=False)
+    codes = np.load(args.code_path / "codes.npy", mmap_mode="r+")
     pending = np.flatnonzero(codes[:, -1, -1] == np.iinfo(codes.dtype).max)[rank::world]
     accelerator.wait_for_everyone()  # or a slow process would take what a fast one has done for not its own
 
@@ -234,12 +270,17 @@ def extract(args: argparse.Namespace) -> None:
         return
     unreadable = np.flatnonzero(codes[:, -1, -1] == np.iinfo(codes.dtype).max).tolist()
     labels[unreadable] = -1
-    np.save(args.code_path / "labels.npy", labels)
+    with atomic_file(args.code_path / "labels.npy") as file:
+        np.save(file, labels)
+    used = np.zeros(model.config.codebook_size, bool)
+    for i in np.flatnonzero(labels >= 0):
+        used[codes[i]] = True
     meta = {
+        "tokenizer": fingerprint(args.vq_ckpt),
         "vq_model": args.vq_model,
         "codebook_size": model.config.codebook_size,
         "codebook_embed_dim": model.config.codebook_embed_dim,
-        "codes_used": int(np.unique(codes[labels >= 0]).size),
+        "codes_used": int(used.sum()),
         "image_size": args.image_size,
         "downsample_size": downsample,
         "blank_code": blank_code,
@@ -249,9 +290,7 @@ def extract(args: argparse.Namespace) -> None:
         "classes": classes,
         "unreadable": [names[i] for i in unreadable],
     }
-    partial = args.code_path / "meta.json.part"
-    partial.write_text(json.dumps(meta, indent=1) + "\n")
-    os.replace(partial, args.code_path / "meta.json")
+    write_json(args.code_path / "meta.json", meta)
     size = f"{meta['images']} images x {views} variants x {shape[2]} tokens"
     print(f"{args.code_path}: {size}, {meta['codes_used']} codes in use")
 
@@ -259,7 +298,7 @@ def extract(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     try:
         extract(parse_args(argv))
-    except (ExtractError, TrainingError, ImageError, CheckpointError) as error:
+    except (ExtractError, TrainingError, ImageError, CheckpointError, OSError) as error:
         sys.exit(f"extract_codes_c2i: {error}")
 
 

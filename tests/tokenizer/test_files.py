@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tokenizer.files import atomic_file, remove_partial
+from tokenizer.files import atomic_file, fingerprint, remove_partial
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -53,3 +53,18 @@ def test_what_a_killed_process_left_can_be_removed(tmp_path):
     assert len(os.listdir(tmp_path)) == 2
     remove_partial(tmp_path)
     assert os.listdir(tmp_path) == ["kept.part"]
+
+
+def test_fingerprint_tells_content_and_not_place(tmp_path):
+    path, size = tmp_path / "big", 70 << 20
+    with open(path, "wb") as file:
+        file.truncate(size)
+    first = fingerprint(path)
+    assert (first["file"], first["bytes"]) == ("big", size)
+    with open(path, "r+b") as file:
+        file.seek(size - 1)
+        file.write(b"x")
+    assert fingerprint(path)["sha256_of_blocks"] != first["sha256_of_blocks"]
+    (tmp_path / "small").write_bytes(b"abc")
+    (tmp_path / "copy").write_bytes(b"abc")
+    assert fingerprint(tmp_path / "copy") == {**fingerprint(tmp_path / "small"), "file": "copy"}

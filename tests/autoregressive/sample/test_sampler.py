@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from autoregressive.models.checkpoint import CheckpointError, read_state_dict, save_safetensors
 from autoregressive.sample.options import ModelOptions, OptionError, Options
-from autoregressive.sample.sampler import Blueprint, Sampler, fingerprint, image_seeds
+from autoregressive.sample.sampler import Blueprint, Sampler, image_seeds
 from tokenizer.tokenizer_image.images import to_uint8
 
 CPU = torch.device("cpu")
@@ -97,15 +97,3 @@ def test_precision_is_the_gpts_alone(tiny):
     sampler = Sampler(Blueprint(options.model, CPU), options, CPU)
     assert {p.dtype for p in sampler.gpt.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in sampler.vq.parameters()} == {torch.float32}
-
-
-def test_fingerprint_tells_content(tmp_path):
-    path, size = tmp_path / "big", 70 << 20
-    with open(path, "wb") as file:
-        file.truncate(size)
-    first = fingerprint(str(path))
-    assert first["bytes"] == size
-    with open(path, "r+b") as file:
-        file.seek(size - 1)
-        file.write(b"x")
-    assert fingerprint(str(path)) != first

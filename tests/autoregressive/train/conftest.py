@@ -1,6 +1,10 @@
-"""Tiny models under registered names, and a tiny folder of images."""
+"""Tiny models under registered names, a tiny folder of images, and scripts run by two processes."""
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,3 +62,33 @@ def vq_ckpt(tmp_path, tiny_models):
     path = tmp_path / "vq.pt"
     torch.save({"model": vq_model.VQ_models["VQ-Tiny"]().state_dict()}, path)
     return path
+
+
+STARTER = f"""
+import importlib, sys
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
+from autoregressive.models import gpt
+from tokenizer.tokenizer_image import vq_model
+
+TINY_GPT, TINY_VQ = {TINY_GPT!r}, {TINY_VQ!r}
+gpt.GPT_models["GPT-Tiny"] = lambda **kwargs: gpt.Transformer(gpt.ModelArgs(**kwargs, **TINY_GPT))
+vq_model.VQ_models["VQ-Tiny"] = lambda **kwargs: vq_model.VQModel(vq_model.ModelArgs(**TINY_VQ | kwargs))
+importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+"""
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    """Call the `main(flags)` of a module by torchrun, with the tiny models known."""
+    starter = tmp_path / "start.py"
+    starter.write_text(STARTER)
+
+    def run(module, flags):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(starter)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, module, *flags], env=environment, capture_output=True, text=True, check=False, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run

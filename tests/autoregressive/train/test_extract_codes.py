@@ -1,6 +1,8 @@
 """Images to codes: layout, variants, class selection, interruptions and faults."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,30 +11,28 @@ from PIL import Image, ImageOps
 
 from autoregressive.models.checkpoint import load_model
 from autoregressive.train.extract_codes_c2i import blank_tokens, main
+from tokenizer.files import fingerprint
 from tokenizer.tokenizer_image.images import center_crop, image_to_tensor, load_rgb
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
 
-def run(images, vq_ckpt, folder, *flags):
-    main(
-        [
-            *(
-                "--data-path",
-                str(images),
-                "--code-path",
-                str(folder),
-                "--vq-model",
-                "VQ-Tiny",
-                "--vq-ckpt",
-                str(vq_ckpt),
-            ),
-            *("--image-size", "32", "--num-workers", "0", "--batch-size", "4", *flags),
-        ]
-    )
+def flags_of(images, vq_ckpt, folder, *more):
+    return [
+        *("--data-path", str(images), "--code-path", str(folder), "--vq-model", "VQ-Tiny", "--vq-ckpt", str(vq_ckpt)),
+        *("--image-size", "32", "--num-workers", "0", "--batch-size", "4", *more),
+    ]
+
+
+def read(folder):
     meta = json.loads((folder / "meta.json").read_text())
     return np.load(folder / "codes.npy"), np.load(folder / "labels.npy"), meta
+
+
+def run(images, vq_ckpt, folder, *more):
+    main(flags_of(images, vq_ckpt, folder, *more))
+    return read(folder)
 
 
 @torch.no_grad()
@@ -104,13 +104,48 @@ def test_a_corrupt_image_is_named_and_the_job_can_go_on(images, vq_ckpt, tmp_pat
     assert np.array_equal(repaired, whole) and labels[7] == 2
 
 
-def test_another_jobs_folder_is_refused(images, vq_ckpt, tmp_path):
-    run(images, vq_ckpt, tmp_path / "codes")
-    (tmp_path / "codes" / "meta.json").unlink()
-    with pytest.raises(SystemExit, match="another job"):
-        run(images, vq_ckpt, tmp_path / "codes", "--no-flip")
+def test_two_processes_make_the_same_codes_as_one(images, vq_ckpt, tmp_path, two_processes):
+    codes, labels, meta = run(images, vq_ckpt, tmp_path / "one", "--jitter", "1")
+    two_processes(
+        "autoregressive.train.extract_codes_c2i", flags_of(images, vq_ckpt, tmp_path / "two", "--jitter", "1")
+    )
+    found, found_labels, found_meta = read(tmp_path / "two")
+    assert np.array_equal(found, codes) and np.array_equal(found_labels, labels) and found_meta == meta
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_jobs_folder_is_refused(images, vq_ckpt, tmp_path, finished):
+    folder = tmp_path / "codes"
+    run(images, vq_ckpt, folder)
+    assert json.loads((folder / "meta.json").read_text())["tokenizer"] == fingerprint(vq_ckpt)
+    if not finished:
+        (folder / "meta.json").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other_vq, other_images = tmp_path / "other.pt", tmp_path / "other"
+    torch.save({"model": {**torch.load(vq_ckpt)["model"], "quant_conv.bias": torch.ones(8)}}, other_vq)
+    shutil.copytree(images, other_images)
+    (other_images / "0_red_a" / "0.png").rename(other_images / "0_red_a" / "5.png")
+    cases = [
+        (images, vq_ckpt, ("--no-flip", "--jitter", "1"), "--flip was True and is False; --jitter was 0 and is 1"),
+        (images, vq_ckpt, ("--image-size", "16"), "job: --image-size was 32 and is 16. Give it the same"),
+        (images, vq_ckpt, ("--skip-classes", "*_b"), "was 9 images of 3 classes, sha256 of their names"),
+        (images, other_vq, (), "job: --vq-ckpt was"),
+        (other_images, vq_ckpt, (), "job: --data-path was 9 images"),
+    ]
+    for data, ckpt, more, message in cases:
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            run(data, ckpt, folder, *more)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    # The same images and tokenizer, found elsewhere.
+    renamed = images.rename(tmp_path / "renamed")
+    run(renamed, shutil.copy(vq_ckpt, tmp_path / "copy.pt"), folder, "--batch-size", "3", "--global-seed", "5")
+
+    (folder / "job.json").unlink()
+    with pytest.raises(SystemExit, match=r"codes but no job\.json"):
+        run(renamed, vq_ckpt, folder)
     with pytest.raises(SystemExit, match="not a multiple"):
-        run(images, vq_ckpt, tmp_path / "odd", "--image-size", "30")
+        run(renamed, vq_ckpt, tmp_path / "odd", "--image-size", "30")
 
 
 def test_finished_folders_are_left_alone(images, vq_ckpt, tmp_path, capsys):

@@ -6,9 +6,6 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,12 +16,10 @@ from safetensors import safe_open
 from autoregressive.models.checkpoint import load_model
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.train import export, extract_codes_c2i, plot_log, train_c2i, training
-from tests.autoregressive.train.conftest import TINY_GPT, TINY_VQ
 from tokenizer.tokenizer_image import reconstruction, vq_train
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
-ROOT = Path(__file__).parents[3]
 COMMON = ["--mixed-precision", "none", "--no-compile", "--num-workers", "0", "--global-batch-size", "4", "--ema"]
 
 
@@ -298,36 +293,14 @@ def test_plot_of_a_log(codes, tmp_path):
         plot_log.main([str(tmp_path / "absent"), "--out", str(tmp_path / "none.png")])
 
 
-STARTER = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from autoregressive.models import gpt
-from autoregressive.train import train_c2i
-from tokenizer.tokenizer_image import vq_model, vq_train
-
-gpt.GPT_models["GPT-Tiny"] = lambda **kwargs: gpt.Transformer(gpt.ModelArgs(**kwargs, **TINY_GPT))
-vq_model.VQ_models["VQ-Tiny"] = lambda **kwargs: vq_model.VQModel(vq_model.ModelArgs(**TINY_VQ | kwargs))
-{"gpt": train_c2i, "vq": vq_train}[sys.argv[2]].main(json.loads(sys.argv[3]))
-"""
-
-
-def test_two_processes_make_the_same_steps_as_one(codes, images, tmp_path):
+def test_two_processes_make_the_same_steps_as_one(codes, images, tmp_path, two_processes):
     def gpt_run(name):
         plain = ["--dropout-p", "0", "--token-dropout-p", "0", "--class-dropout-prob", "0", "--max-steps", "3"]
         return gpt_flags(codes, tmp_path / name, *plain, "--sample-every", "100", "--eval-every", "1")
 
     train_c2i.main(gpt_run("one"))
-    starter = tmp_path / "start.py"
-    starter.write_text(f"TINY_GPT, TINY_VQ = {TINY_GPT!r}, {TINY_VQ!r}\n{STARTER}")
-    jobs = {"gpt": gpt_run("two"), "vq": vq_flags(images, tmp_path / "vq", "--disc-start", "1")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(starter)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for trainer, flags in jobs.items():
-        arguments = [str(ROOT), trainer, json.dumps(flags)]
-        done = subprocess.run(
-            [*command, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    two_processes("autoregressive.train.train_c2i", gpt_run("two"))
+    two_processes("tokenizer.tokenizer_image.vq_train", vq_flags(images, tmp_path / "vq", "--disc-start", "1"))
     one, two = (
         torch.load(tmp_path / run / "checkpoints" / "0000003.pt", weights_only=True)["model"] for run in ("one", "two")
     )
