@@ -18,6 +18,7 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.train.training import (
     Ema,
+    MappedArray,
     TrainingError,
     TrainingRun,
     add_training_flags,
@@ -39,9 +40,12 @@ class CodeDataset(Dataset):
 
     Attributes:
         meta: what extract_codes_c2i.py wrote beside the codes.
+        class_names: to be kept with the model, if it has classes and they have names.
         labels: int [images], class of each image.
         tokens: codes per image.
     """
+
+    class_names: list[str] | None = None
 
     def __init__(self, path: Path, seed: int):
         missing = [name for name in ("codes.npy", "labels.npy", "meta.json") if not (path / name).exists()]
@@ -51,18 +55,18 @@ class CodeDataset(Dataset):
                 "(started again, it finishes an interrupted job)"
             )
         self.path, self.meta = path, json.loads((path / "meta.json").read_text())
-        self.codes = np.load(path / "codes.npy", mmap_mode="r")
+        self.codes = MappedArray(path / "codes.npy")
         labels = np.load(path / "labels.npy")
         self.kept = np.flatnonzero(labels >= 0)
         self.labels = labels[self.kept]
-        self.seed, self.tokens = seed, self.codes.shape[2]
+        self.seed, self.tokens = seed, self.codes.array.shape[2]
         if not len(self.kept):
             raise TrainingError(f"{path} holds no images")
 
     @property
     def identity(self) -> dict[str, str]:
         """What tells these codes from others, for people and for comparison."""
-        images, variants, tokens = self.codes.shape
+        images, variants, tokens = self.codes.array.shape
         digest = hashlib.sha256((self.path / "meta.json").read_bytes()).hexdigest()[:16]
         return {"the codes": f"{images} x {variants} x {tokens}, sha256 of meta.json {digest}"}
 
@@ -71,13 +75,17 @@ class CodeDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
-        return self.item(index, rng.integers(self.codes.shape[1]), rng)
+        return self.item(index, np.random.default_rng((self.seed, epoch, index)))
 
-    def item(self, index: int, variant: int = 0, rng: np.random.Generator | None = None) -> tuple:
-        """A given variant (0 is the plain centre crop); without `rng` the condition is the image's first."""
-        codes = self.codes[self.kept[index], variant].astype(np.int64)
-        return torch.from_numpy(codes), *self.condition(index, rng)
+    def item(self, index: int, rng: np.random.Generator | None = None) -> tuple:
+        """One image's codes and condition; without `rng` its plain centre crop and first condition."""
+        variants = self.variants(index)
+        codes = variants[0 if rng is None else rng.integers(len(variants))]
+        return torch.from_numpy(codes.astype(np.int64)), *self.condition(index, rng)
+
+    def variants(self, index: int) -> np.ndarray:
+        """All variants of one image's codes, [variants, tokens]; the first is the plain centre crop."""
+        return self.codes[self.kept[index]]
 
     def condition(self, index: int, rng: np.random.Generator | None = None) -> tuple:
         """What the model is told of an image: what `generate` takes as (cond,) or (cond, emb_masks), for one image."""
@@ -210,7 +218,7 @@ def train_gpt(
         data.identity,
         {"model": model, "optimizer": optimizer},
         ema,
-        about={"name": args.gpt_model, "config": asdict(model.config)},
+        about={"name": args.gpt_model, "config": asdict(model.config), "classes": data.class_names},
         free=FREE_GPT_FLAGS | free,
         notes=notes,
     )

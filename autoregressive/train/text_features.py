@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.train.training import TrainingError
+from autoregressive.train.training import MappedArray, TrainingError
 
 SHARD = 4096  # texts in a file: what an interrupted job makes again at most
 
@@ -84,7 +84,7 @@ class TextFeatures:
         for shard in range(-(-len(texts) // SHARD)):
             features, lengths = shard_files(path, shard)
             offsets = np.concatenate([[0], np.load(lengths).cumsum()])
-            self.shards.append((np.load(features, mmap_mode="r"), offsets))
+            self.shards.append((MappedArray(features), offsets))
 
     @property
     def identity(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
@@ -124,6 +125,24 @@ class StepSampler(Sampler):
                 batch.append((epoch, int(order[position % self.images])))
             yield batch
             step += 1
+
+
+class MappedArray:
+    """A .npy file, memory-mapped when it is first read. Workers that are spawned, not forked, get its name alone."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """The array, read-only."""
+        return np.load(self.path, mmap_mode="r")
+
+    def __getitem__(self, key) -> np.ndarray:
+        return self.array[key]
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path}
 
 
 def step_loader(

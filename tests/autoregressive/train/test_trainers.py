@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 
@@ -269,6 +270,53 @@ def test_gpt_learns_and_a_larger_grid_starts_from_it(codes, images, vq_ckpt, tmp
     assert losses[0] < np.log(32) - 0.2  # what was learnt on the small grid is there at once
 
 
+@pytest.fixture
+def llamagen_codes(tmp_path):
+    """Five images of four variants as LlamaGen's extraction writes them, and four more variants beside them."""
+    rng = np.random.default_rng(0)
+    for name in ("imagenet_ten_crop", "imagenet_ten_crop_105"):
+        for kind, shape in (("codes", (1, 4, 16)), ("labels", (1,))):
+            folder = tmp_path / name / f"imagenet64_{kind}"
+            folder.mkdir(parents=True)
+            for i in range(5):
+                np.save(folder / f"{i}.npy", rng.integers(32, size=shape) if kind == "codes" else np.array([100 * i]))
+    return tmp_path / "imagenet_ten_crop"
+
+
+def test_codes_of_llamagen(llamagen_codes, tmp_path):
+    data = train_c2i.LlamaGenDataset(llamagen_codes, seed=0)
+    assert (len(data), data.tokens, data.num_classes) == (5, 16, 1000)
+    stored = np.concatenate(
+        [np.load(folder / "imagenet64_codes" / "3.npy")[0] for folder in sorted(tmp_path.glob("imagenet*"))]
+    )
+    drawn = {tuple(codes.tolist()) for codes, label in (data[epoch, 3] for epoch in range(200)) if label == 300}
+    assert drawn == {tuple(row) for row in stored}
+    assert data.item(3)[0].tolist() == stored[0].tolist()
+
+    flags = [*gpt_flags(llamagen_codes, tmp_path / "run"), "--max-steps", "2", "--eval-every", "0"]
+    train_c2i.main(flags)
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "0000002.pt", weights_only=True)
+    assert checkpoint["config"]["num_classes"] == 1000 and checkpoint["config"]["vocab_size"] == 16384
+    with pytest.raises(SystemExit, match=r"imagenet64_labels/\d\.npy: class \d00 needs --num-classes"):
+        train_c2i.main([*flags, "--results-dir", str(tmp_path / "few"), "--num-classes", "100"])
+    (llamagen_codes / "imagenet64_labels" / "4.npy").unlink()
+    with pytest.raises(SystemExit, match=r"imagenet64_labels': 4, .*imagenet64_codes': 5"):
+        train_c2i.main(flags)
+
+
+def test_codes_are_mapped_and_never_sent(codes, tmp_path):
+    """Workers that are spawned get a file's name, whether it was read before or not."""
+    np.save(codes / "codes.npy", np.load(codes / "codes.npy").repeat(50, axis=1))
+    data = train_c2i.ClassDataset(codes, 0)
+    before = pickle.dumps(data)
+    item = data[1, 4]
+    after = pickle.dumps(data)
+    for sent in (before, after):
+        assert b"codes.npy" in sent and len(sent) < 3000
+        again = pickle.loads(sent)[1, 4]
+        assert torch.equal(again[0], item[0]) and again[1] == item[1]
+
+
 def test_export(codes, tmp_path):
     train_c2i.main(gpt_flags(codes, tmp_path / "run", "--max-steps", "2"))
     out = tmp_path / "gpt.safetensors"
@@ -320,6 +368,7 @@ def test_what_cannot_start_says_why(codes, images, tmp_path):
     cases = [
         (train_c2i, gpt_flags(tmp_path / "absent", tmp_path / "a"), "has no codes.npy"),
         (train_c2i, [*flags, "--num-classes", "2"], "--num-classes > 2"),
+        (train_c2i, [*flags, "--sample-classes", "0", "3"], "classes are 0 to 2"),
         (train_c2i, [*flags, "--init-from", str(tmp_path / "absent.pt")], "absent.pt"),
         (train_c2i, [*flags, "--global-batch-size", "3"], "--global-batch-size 3"),
         (vq_train, [*vq_flags(images, tmp_path / "b"), "--perceptual-weight", "1"], "--lpips-weights"),
