@@ -45,7 +45,7 @@ class Extractor(nn.Module):
 class Inception(Extractor):
     """torch-fidelity's port of the TensorFlow graph that ADM's evaluator runs, resizing included.
 
-    The spatial features are the first 7 channels, 17 x 17, of what the graph calls mixed_6/conv, flattened channels last.
+    The spatial features are the first 7 channels of the graph's mixed_6/conv: 17 x 17, flattened channels last.
     """
 
     def __init__(self, weights: Path):
@@ -179,7 +179,7 @@ def _timm(name: str) -> Extractor:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:
         config = None if ":" in name else timm.models.get_pretrained_cfg(name)
-        source = _source(config.hf_hub_id, config.url) if config else name
+        source = _source(config.hf_hub_id, "model.safetensors", config.url) if config else name
         raise _missing(f"timm/{name}", source, error) from error
     return _from_timm(model)
 
@@ -202,7 +202,7 @@ def _open_clip(name: str) -> Extractor:
             known = f"the tags of {name} are {', '.join(tags)}" if tags else "open_clip.list_pretrained() names them"
             raise EvaluationError(f"open_clip has no weights {tag!r} of a model {name!r}; {known}")
         config = open_clip.get_pretrained_cfg(name, tag)
-        source = _source(config.get("hf_hub"), config.get("url"))
+        source = _source(config.get("hf_hub"), "open_clip_model.safetensors", config.get("url"))
     try:
         model = open_clip.create_model(
             name,
@@ -222,8 +222,10 @@ EXTRACTORS: dict[str, Callable[[], Extractor]] = {INCEPTION: _inception, "effici
 FAMILIES: dict[str, Callable[[str], Extractor]] = {"timm": _timm, "open_clip": _open_clip}
 
 
-def _source(repository: str | None, url: str | None) -> str:
-    return f"https://huggingface.co/{repository.strip('/')}" if repository else url or "anywhere (none are published)"
+def _source(repository: str | None, file: str, url: str | None) -> str:
+    if repository:
+        return f"https://huggingface.co/{repository.strip('/')}/resolve/main/{file}"
+    return url or "anywhere, as none are published"
 
 
 def _missing(name: str, source: str, error: Exception) -> EvaluationError:

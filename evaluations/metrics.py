@@ -133,8 +133,8 @@ def precision_recall(
 ) -> dict[str, float | None]:
     """The share of samples within the reference's manifold, and of the reference within the samples'.
 
-    See Kynkäänniemi et al., arXiv:1904.06991. A manifold is the union of the balls around its images that reach to their third nearest neighbours. None for sets
-    without third neighbours.
+    A manifold is the union of the balls around a set's images that reach to their third nearest neighbours in it
+    (Kynkäänniemi et al., arXiv:1904.06991). None for sets without third neighbours.
     """
     if reference is None or min(len(samples), len(reference)) <= NEIGHBOURS:
         return {"precision": None, "recall": None}
@@ -193,7 +193,8 @@ def _notes(
         )
     if fid_infinity and len(samples) < 2 * samples.features.shape[1]:
         notes.append(
-            f"fid_infinity is rough: {len(samples)} samples are fewer than twice the {samples.features.shape[1]} features"
+            f"fid_infinity is rough, as {len(samples)} samples are fewer than twice the {samples.features.shape[1]} "
+            f"features"
         )
     if reference is not None and samples.sizes.tolist() != reference.sizes.tolist():
         notes.append(
@@ -209,4 +210,4 @@ def _told(sizes: np.ndarray) -> str:
 
 
 def _double(features: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(features, np.float64))
+    return torch.from_numpy(np.ascontiguousarray(features, np.float64))
