@@ -13,16 +13,4 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/setup_env.sh"
 setup_env
 
-if [ $# -eq 0 ] && [ -z "${CONFIG:-}${NPROC:-}" ]; then
-    exec "$PYTHON" "$root/autoregressive/sample/sample_c2i.py" --config "$root/configs/demo.yaml"
-fi
-
-if [ $# -eq 0 ] && [ -z "${CONFIG:-}" ]; then
-    CONFIG=$root/configs/demo.yaml
-fi
-if [ -n "${CONFIG:-}" ]; then
-    # Named from the project's folder or from here.
-    if [ ! -e "$CONFIG" ] && [ -e "$root/$CONFIG" ]; then CONFIG=$root/$CONFIG; fi
-    set -- --config "$CONFIG" "$@"
-fi
-launch "$root/autoregressive/sample/sample_c2i_ddp.py" "$@"
+sample c2i configs/demo.yaml "$@"

@@ -68,3 +68,19 @@ launch() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # or torchrun warns; sampling on a CPU shares out the cores itself
     exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$@"
 }
+
+# sample KIND DEMO [flags]: become sample_KIND_ddp.py, with the configuration that CONFIG names, from here or from the project's
+# folder. Without flags DEMO is that configuration, and without CONFIG and NPROC either, sample_KIND.py makes its grid.
+sample() {
+    local kind=$1 demo=$_root/$2 scripts=$_root/autoregressive/sample
+    shift 2
+    if [ $# -eq 0 ] && [ -z "${CONFIG:-}${NPROC:-}" ]; then
+        exec "$PYTHON" "$scripts/sample_$kind.py" --config "$demo"
+    fi
+    if [ $# -eq 0 ]; then CONFIG=${CONFIG:-$demo}; fi
+    if [ -n "${CONFIG:-}" ]; then
+        if [ ! -e "$CONFIG" ] && [ -e "$_root/$CONFIG" ]; then CONFIG=$_root/$CONFIG; fi
+        set -- --config "$CONFIG" "$@"
+    fi
+    launch "$scripts/sample_${kind}_ddp.py" "$@"
+}

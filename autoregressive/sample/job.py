@@ -29,7 +29,8 @@ from tqdm import tqdm
 from autoregressive.models.checkpoint import CheckpointError
 from autoregressive.sample.options import ROOT, CacheOptions, OptionError, Options
 from autoregressive.sample.run_folder import RunError, RunFolder, bar_interval
-from autoregressive.sample.sampler import Blueprint, Sampler, peak_memory
+from autoregressive.sample.sampler import Blueprint, Sampler, forget_peak_memory, peak_memory
+from tokenizer.tokenizer_text.encoder import TextEncoderError
 
 
 def start_processes(cpu: bool = False) -> PartialState:
@@ -66,6 +67,7 @@ def run_job(
     seeds: np.ndarray,
     load: Callable[[], Sampler],
     conditions: Callable[[Sequence[int]], tuple[Tensor, Tensor | None]],
+    encode: Callable[[Sequence[int]], None] | None = None,
 ) -> dict[str, Any]:
     """Sample the images that the folder lacks. Called by all processes alike.
 
@@ -77,6 +79,7 @@ def run_job(
         seeds: int64 [total].
         load: builds the models; called only if there is something to sample.
         conditions: image indices -> (cond, masks), as :meth:`Sampler.tokens` takes them.
+        encode: called before `load` with the images that this process will sample: text becomes features then.
 
     Returns:
         On the main process what run.json now says; elsewhere nothing.
@@ -91,7 +94,7 @@ def run_job(
         if batches:
             with _Progress(folder, show=state.is_main_process):
                 mine = batches[state.process_index :: state.num_processes]
-                report = _sample(state, folder, mine, seeds, load, conditions)
+                report = _sample(state, folder, mine, seeds, load, conditions, encode)
                 reports = _meet(lambda: gather_object([report]))
             if state.is_main_process:
                 folder.note(status="sampled", **_summary(reports))
@@ -117,11 +120,17 @@ def _opened(state: PartialState, folder: RunFolder, settings, details, files) ->
 
 
 def _sample(
-    state: PartialState, folder: RunFolder, batches: Sequence[range], seeds, load, conditions
+    state: PartialState, folder: RunFolder, batches: Sequence[range], seeds, load, conditions, encode
 ) -> dict[str, Any]:
     """This process's batches, and what they cost."""
     report: dict[str, Any] = {"images": 0, "cache": {}, "device": device_name(state.device)}
     seconds = {"load": 0.0, "gpt": 0.0, "vq": 0.0, "io": 0.0}
+    if encode is not None:
+        start = time.perf_counter()
+        if batches:
+            encode([index for batch in batches for index in batch])
+        seconds["encode"] = time.perf_counter() - start
+        forget_peak_memory(state.device)  # what is reported is the memory of sampling
     start = time.perf_counter()
     sampler = load() if batches else None
     seconds["load"] = time.perf_counter() - start
@@ -233,7 +242,8 @@ def versions() -> dict[str, str | None]:
     }
 
 
-# What may change between an interrupted run and the next start, since the images don't depend on it.
+# What may change between an interrupted run and the next start, since the images don't depend on it; prompts and the
+# encoder are told by their content.
 _FREE = {
     "model.from_fsdp",
     "run.class_names",
@@ -243,12 +253,21 @@ _FREE = {
     "run.output",
     "run.per_proc_batch_size",
     "run.sample_dir",
+    "text.clean",
+    "text.encoder",
+    "text.encoder_path",
+    "text.feature_dir",
+    "text.keep_encoder",
+    "text.max_length",
+    "text.precision",
+    "text.prompt_file",
+    "text.prompts",
 }
 
 
 def run_settings(options: Options, blueprint: Blueprint, device: torch.device) -> dict[str, Any]:
     """All that the images depend on, {dotted name: value}; checkpoints by what is in them, not by where they lie."""
-    sections = asdict(options)
+    sections = options.values()
     prefix, local = options.cache_config().split
     sections["cache"] |= {"prefix": prefix, "local": local}  # as they are, and not None for the policy's own
     flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
@@ -256,14 +275,19 @@ def run_settings(options: Options, blueprint: Blueprint, device: torch.device) -
     return kept | blueprint.fingerprints() | {"device": device.type}
 
 
-def run_name(options: Options) -> str:
-    """LlamaGen's name of the run folder, with the cache behind it unless that is the plain dense one."""
+def run_name(options: Options, prompts: str | None = None) -> str:
+    """LlamaGen's name of the run folder, with the cache behind it unless that is the plain dense one.
+
+    Args:
+        prompts: what a text-conditional run calls its prompts.
+    """
     model, sampling, run = options.model, options.sampling, options.run
     checkpoint = Path(model.gpt_ckpt)
     if model.from_fsdp and checkpoint.stem == "consolidated":
         checkpoint = checkpoint.parent
     name = (
-        f"{model.gpt_model.replace('/', '-')}-{checkpoint.stem}-size-{model.image_size}-size-{run.image_size_eval}-"
+        f"{model.gpt_model.replace('/', '-')}-{checkpoint.stem}-{f'{prompts}-' if prompts else ''}"
+        f"size-{model.image_size}-size-{run.image_size_eval}-"
         f"{model.vq_model}-topk-{sampling.top_k}-topp-{sampling.top_p}-temperature-{sampling.temperature}-"
         f"cfg-{sampling.cfg_scale}-seed-{run.seed}"
     )
@@ -297,7 +321,7 @@ def guarded(main: Callable[[], None]) -> NoReturn:
     code: int | str | None = 0
     try:
         main()
-    except (OptionError, CheckpointError, RunError, OSError, torch.OutOfMemoryError) as error:
+    except (OptionError, CheckpointError, TextEncoderError, RunError, OSError, torch.OutOfMemoryError) as error:
         advice = "; a smaller --per-proc-batch-size needs less" if isinstance(error, torch.OutOfMemoryError) else ""
         print(f"{'' if rank is None else f'[process {rank}] '}error: {error}{advice}", file=sys.stderr)
         code = 1

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -38,6 +38,7 @@ def option(
     metavar: str | None = None,
     path: bool = False,
     script: str | None = None,
+    only_for: str | None = None,
 ) -> Any:
     """One row of the table.
 
@@ -49,16 +50,19 @@ def option(
         metavar: what the help calls the value.
         path: relative paths in a YAML file start from that file's folder.
         script: "grid" or "job", if only that kind of script has the flag. Files may always give the key.
+        only_for: "c2i" or "t2i", if only scripts for that kind of model know the row, as flag and as key.
     """
     metadata = {"help": help, "flags": flags, "choices": choices, "metavar": metavar, "path": path, "script": script}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata | {"only_for": only_for})
 
 
 @dataclass
 class ModelOptions:
     """The models and the size of the image. What is not given is read from the checkpoints, where they tell it."""
 
-    gpt_model: str | None = option(None, "registered size; default: as the checkpoint says, else GPT-B", metavar="NAME")
+    gpt_model: str | None = option(
+        None, "registered size; default: as the checkpoint says, else GPT-B, t2i GPT-XL", metavar="NAME"
+    )
     gpt_ckpt: str | None = option(None, "weights of the GPT: .safetensors, .pt or .pth", metavar="FILE", path=True)
     gpt_type: str = option("c2i", "class- or text-conditional", choices=("c2i", "t2i"))
     from_fsdp: bool = option(
@@ -80,13 +84,76 @@ class ModelOptions:
     codebook_embed_dim: int | None = option(None, "default: as the checkpoint says, else the tokenizer's (8)")
     image_size: int | None = option(
         None,
-        "pixels along a side, a multiple of downsample-size; default: as the checkpoint says, else 384",
+        "pixels along a side, a multiple of downsample-size; default: as the checkpoint says, else 384, t2i 512",
         metavar="PX",
     )
     downsample_size: int | None = option(
         None, "pixels along a side of a token; default: the tokenizer's own", metavar="PX"
     )
-    num_classes: int | None = option(None, "default: as the checkpoint says, else 1000")
+    num_classes: int | None = option(None, "default: as the checkpoint says, else 1000. A t2i model has none")
+    caption_dim: int | None = option(
+        None,
+        "numbers in a text feature; default: as the checkpoint says, else 2048",
+        flags=("--caption-dim", "--t5-feature-dim"),
+        only_for="t2i",
+    )
+
+
+@dataclass
+class TextOptions:
+    """Prompts, and what makes features of them. For text-conditional models."""
+
+    only_for: ClassVar[str] = "t2i"
+
+    prompts: Sequence[str] | None = option(
+        None, "the prompts themselves, one image each", flags=("--prompt",), metavar="TEXT"
+    )
+    prompt_file: str | None = option(
+        None,
+        "prompts in a file: .txt (one a line), .tsv or .csv (a column Prompt) or .jsonl (a key text). A grid can also "
+        "read the lines of stdin: -",
+        flags=("--prompts", "--prompt-csv"),
+        metavar="FILE",
+        path=True,
+    )
+    encoder: str | None = option(
+        None,
+        "text encoder: minilm, flan-t5-xl, t5-v1_1-xl or t5-v1_1-xxl; default: minilm for a caption-dim of 384, else "
+        "flan-t5-xl",
+        flags=("--text-encoder", "--t5-model-type"),
+        metavar="NAME",
+    )
+    encoder_path: str | None = option(
+        None,
+        "the folder that the encoder's folder is in, or that folder itself; default: minilm's Python package; the "
+        "project's pretrained_models/t5-ckpt if it is there, else the Hugging Face hub",
+        flags=("--text-encoder-path", "--t5-path"),
+        metavar="DIR",
+        path=True,
+    )
+    precision: str | None = option(
+        None,
+        "of the encoder; default: the GPT's",
+        flags=("--text-precision",),
+        choices=("none", "fp16", "bf16"),
+    )
+    max_length: int | None = option(
+        None,
+        "tokens that a prompt may have, what is longer is cut; default, and all that fits: the GPT's cls-token-num",
+        flags=("--text-max-length", "--t5-feature-max-len"),
+    )
+    left_padding: bool = option(True, "pad short prompts on the left, as the models were trained")
+    clean: bool = option(True, "clean prompts as LlamaGen does: lower case, no addresses", flags=("--clean-prompts",))
+    feature_dir: str = option(
+        "samples/text_features",
+        "encoded prompts are kept in here, for all runs",
+        flags=("--text-feature-dir",),
+        metavar="DIR",
+        path=True,
+    )
+    keep_encoder: bool = option(
+        False, "leave the encoder on the device while images are sampled", flags=("--keep-text-encoder",)
+    )
 
 
 @dataclass
@@ -127,7 +194,11 @@ class RunOptions:
 
     seed: int = option(0, "every image's own seed is made from this and its index", flags=("--global-seed", "--seed"))
     class_labels: Sequence[str] | None = option(
-        None, "ids or names of the classes that a job samples; default: all", metavar="CLASS", script="job"
+        None,
+        "ids or names of the classes that a job samples; default: all",
+        metavar="CLASS",
+        script="job",
+        only_for="c2i",
     )
     grid_labels: Sequence[str] | None = option(
         None,
@@ -135,12 +206,14 @@ class RunOptions:
         flags=("--class-labels",),
         metavar="CLASS",
         script="grid",
+        only_for="c2i",
     )
     class_names: str | None = option(
         None,
         'JSON list of names, or {"classes": [...]}; default: classes.json beside the GPT',
         metavar="FILE",
         path=True,
+        only_for="c2i",
     )
     compare: Sequence[str] | None = option(
         None,
@@ -151,15 +224,21 @@ class RunOptions:
     output: str = option("sample_c2i.png", "the grid", metavar="FILE.png", path=True, script="grid")
     sample_dir: str = option("samples", "the run folder is made in here", metavar="DIR", path=True, script="job")
     per_proc_batch_size: int = option(32, "images that one process samples at a time", metavar="N", script="job")
-    num_fid_samples: int = option(50000, "images in all", metavar="N", script="job")
+    num_fid_samples: int = option(
+        50000, "images in all; of prompts, at most as many as there are", metavar="N", script="job"
+    )
     image_size_eval: int | None = option(
         None,
-        "images are resized to this (bicubic, no antialias); default: 256, or image-size if smaller",
+        "images are resized to this (bicubic, no antialias); default: image-size, for c2i at most 256",
         metavar="PX",
         script="job",
     )
     label_distribution: str = option(
-        "balanced", "balanced: classes in turn; uniform: drawn at random", choices=("balanced", "uniform"), script="job"
+        "balanced",
+        "balanced: classes in turn; uniform: drawn at random",
+        choices=("balanced", "uniform"),
+        script="job",
+        only_for="c2i",
     )
     cpu: bool = option(False, "run on the CPU even where there is a GPU")
 
@@ -169,9 +248,32 @@ class Options:
     """All sections, in the order of the YAML file."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
+    text: TextOptions = field(default_factory=TextOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     run: RunOptions = field(default_factory=RunOptions)
+
+    def rows(self) -> dict[str, dict[str, Field]]:
+        """{section: {key: its row}} of what this kind of model has."""
+        known, kinds = {}, (None, self.model.gpt_type)
+        for part in fields(self):
+            section = getattr(self, part.name)
+            if getattr(section, "only_for", None) in kinds:
+                known[part.name] = {row.name: row for row in fields(section) if row.metadata["only_for"] in kinds}
+        return known
+
+    def values(self) -> dict[str, dict[str, Any]]:
+        """{section: {key: value}}, as JSON can tell them."""
+        return {name: {key: getattr(getattr(self, name), key) for key in rows} for name, rows in self.rows().items()}
+
+    @classmethod
+    def text_to_image(cls) -> "Options":
+        """LlamaGen's defaults for text-conditional models, where they are other than for classes."""
+        return cls(
+            model=ModelOptions(gpt_type="t2i"),
+            sampling=SamplingOptions(cfg_scale=7.5, top_k=1000),
+            run=RunOptions(num_fid_samples=30000, output="sample_t2i.png"),
+        )
 
     def cache_config(self) -> CacheConfig:
         """Raises OptionError for impossible values."""
@@ -190,6 +292,8 @@ class Options:
             "model.downsample_size": self.model.downsample_size,
             "model.num_classes": self.model.num_classes,
             "model.cls_token_num": self.model.cls_token_num,
+            "model.caption_dim": self.model.caption_dim,
+            "text.max_length": self.text.max_length,
             "run.per_proc_batch_size": run.per_proc_batch_size,
             "run.num_fid_samples": run.num_fid_samples,
             "run.image_size_eval": run.image_size_eval,
@@ -200,6 +304,8 @@ class Options:
         for key in ("class_labels", "grid_labels"):
             if getattr(run, key) == []:
                 raise OptionError(f"run.{key} names no class; leave it out for the default")
+        if self.text.prompts is not None and self.text.prompt_file is not None:
+            raise OptionError("text.prompts and text.prompt_file both name prompts: give one of them")
         if not 0 <= run.seed < 2**63:
             raise OptionError(f"run.seed must be 0 to 2^63 - 1, not {run.seed}")
         if sampling.top_k < 0:
@@ -313,7 +419,7 @@ def read_config(path: str | Path, options: Options, *, nested: bool = False) -> 
     except yaml.YAMLError as error:
         raise OptionError(f"{path}: not valid YAML: {error}") from error
     content = {} if content is None else content
-    sections = {section.name: getattr(options, section.name) for section in fields(options)}
+    sections = options.rows()
     if not isinstance(content, dict):
         raise OptionError(f"{path}: expected the sections {', '.join(sections)}, got {content!r}")
 
@@ -327,6 +433,8 @@ def read_config(path: str | Path, options: Options, *, nested: bool = False) -> 
         values = read_config(path.parent / base, options, nested=True)
     for name, given in content.items():
         if name not in sections:
+            if hasattr(options, str(name)):
+                raise OptionError(f"{path}: section {name!r} is not for {options.model.gpt_type} models")
             raise OptionError(
                 f"{path}: unknown section {name!r}{_near_key(name, sections)}; known: {', '.join(sections)}"
             )
@@ -334,11 +442,11 @@ def read_config(path: str | Path, options: Options, *, nested: bool = False) -> 
             continue
         if not isinstance(given, dict):
             raise OptionError(f"{path}: section {name!r}: expected keys and values, got {given!r}")
-        rows = {row.name: row for row in fields(sections[name])}
+        rows = sections[name]
         for key, value in given.items():
             if key not in rows:
                 raise OptionError(f"{path}: unknown key '{name}.{key}'{_near_key(str(key), rows, sections)}")
-            kind, optional = _kind(type(sections[name]), rows[key])
+            kind, optional = _kind(type(getattr(options, name)), rows[key])
             try:
                 value = _typed(value, kind, optional, rows[key].metadata["choices"])
             except OptionError as error:
@@ -354,7 +462,7 @@ def _near_key(key: str, rows: dict, sections: dict | None = None) -> str:
     suggestion = near(key, rows) or near(key.replace("-", "_"), rows)
     if suggestion or sections is None:
         return suggestion
-    elsewhere = {row.name: f"{name}.{row.name}" for name, section in sections.items() for row in fields(section)}
+    elsewhere = {row: f"{name}.{row}" for name, rows in sections.items() for row in rows}
     match = difflib.get_close_matches(key.replace("-", "_"), elsewhere, n=1)
     return f" (did you mean {elsewhere[match[0]]}?)" if match else f"; known: {', '.join(rows)}"
 
@@ -383,7 +491,7 @@ def parse_options(
     """Command line -> options, or an exit with status 2 and a message.
 
     Args:
-        defaults: also says which sections there are; filled in place and returned.
+        defaults: also says, by its model.gpt_type, which rows there are; filled in place and returned.
         argv: the arguments; None: the process's own.
         script: "grid" or "job": whose flags to offer.
         description, examples: for the help.
@@ -401,17 +509,17 @@ def parse_options(
         help="gives any of the options below; a flag overrides it. See configs/README.md",
     )
     known = ["--config", "--help"]
-    for part in fields(defaults):
-        section = getattr(defaults, part.name)
-        group = parser.add_argument_group(part.name, (type(section).__doc__ or "").strip())
-        for row in fields(section):
+    for name, rows in defaults.rows().items():
+        section = getattr(defaults, name)
+        group = parser.add_argument_group(name, (type(section).__doc__ or "").strip())
+        for row in rows.values():
             if row.metadata["script"] not in (None, script):
                 continue
             kind, optional = _kind(type(section), row)
-            flags, meta = flags_of(part.name, row), row.metadata
+            flags, meta = flags_of(name, row), row.metadata
             text = meta["help"] + default_text(getattr(section, row.name))
             settings = {
-                "dest": f"{part.name}.{row.name}",
+                "dest": f"{name}.{row.name}",
                 "default": argparse.SUPPRESS,
                 "help": text.replace("%", "%%"),
             }
@@ -422,9 +530,8 @@ def parse_options(
                     "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else kind.__name__.upper()
                 )
                 convert = _from_flag(kind, optional, meta["choices"])
-                group.add_argument(
-                    *flags, type=convert, metavar=metavar, nargs="+" if kind is list else None, **settings
-                )
+                several = {"nargs": "+", "action": "extend"} if kind is list else {}
+                group.add_argument(*flags, type=convert, metavar=metavar, **several, **settings)
             known += flags
     given, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -441,6 +548,9 @@ def parse_options(
                 values.get("cache", {}).pop(key, None)
         if given.keys() & {"cache.policy", "cache.budget"}:  # flags that ask for one cache, against a file's several
             values.get("run", {}).pop("compare", None)
+        if given.keys() & {"text.prompts", "text.prompt_file"}:  # flags that name prompts, against a file's
+            for key in ("prompts", "prompt_file"):
+                values.get("text", {}).pop(key, None)
         for name, value in given.items():
             section, key = name.split(".")
             value = None if value == [None] else value  # the word none, for a list
@@ -461,11 +571,11 @@ def default_text(value: Any) -> str:
     return f" [{'on' if value is True else value}]"
 
 
-def markdown(options: Options) -> str:
+def markdown() -> str:
     """Every key of every section, with its type, default and meaning."""
     lines = []
-    for part in fields(options):
-        section = getattr(options, part.name)
+    for part in fields(Options):
+        section = getattr(Options(), part.name)
         lines += [
             f"### {part.name}",
             "",
@@ -477,12 +587,13 @@ def markdown(options: Options) -> str:
         for row in fields(section):
             kind, _ = _kind(type(section), row)
             allowed = ", ".join(row.metadata["choices"] or []) or _NAMES[kind]
-            value = getattr(section, row.name)
+            value, only = getattr(section, row.name), row.metadata["only_for"]
             shown = "" if value is None else str(value).lower() if kind is bool else str(value)
-            lines.append(f"| `{row.name}` | {allowed} | {shown} | {row.metadata['help']} |")
+            told = f"{only}: {row.metadata['help']}" if only else row.metadata["help"]
+            lines.append(f"| `{row.name}` | {allowed} | {shown} | {told} |")
         lines.append("")
     return "\n".join(lines[:-1])
 
 
 if __name__ == "__main__":
-    print(markdown(Options()))
+    print(markdown())

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.per_proc_batch_size,
         settings=run_settings(options, blueprint, state.device) | {"run.class_labels": given and drawn},
         details={
-            "config": asdict(options),
+            "config": options.values(),
             "seeds": "seeds.npy: numpy's SeedSequence(run.seed, spawn_key=(index,)) each",
         },
         files={"labels.npy": npy_bytes(labels), "seeds.npy": npy_bytes(seeds)},

@@ -1,6 +1,5 @@
 """From options to models, and from conditions and seeds to images: what all sampling scripts share."""
 
-import hashlib
 import json
 import math
 import resource
@@ -8,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from autoregressive.models.checkpoint import load_model, read_state_dict
 from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
 from autoregressive.sample.options import ROOT, ModelOptions, OptionError, Options, near, shown
+from tokenizer.files import fingerprint
 from tokenizer.tokenizer_image.images import to_uint8
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
@@ -44,8 +43,10 @@ class Blueprint:
 
     def __init__(self, options: ModelOptions, device: torch.device):
         self.options = options
-        gpt_name, gpt_args = _metadata(options.gpt_ckpt, "model.gpt_ckpt")
-        vq_name, vq_args = _metadata(options.vq_ckpt, "model.vq_ckpt")
+        text = options.gpt_type == "t2i"
+        demo = "configs/demo_t2i.yaml" if text else "configs/demo.yaml"
+        gpt_name, gpt_args = _metadata(options.gpt_ckpt, "model.gpt_ckpt", demo)
+        vq_name, vq_args = _metadata(options.vq_ckpt, "model.vq_ckpt", demo)
 
         options.vq_model = _registered(options.vq_model or vq_name or "VQ-16", VQ_models, "model.vq_model")
         if options.vq_model != vq_name:
@@ -59,16 +60,18 @@ class Blueprint:
             raise OptionError(f"model.downsample_size is {options.downsample_size}, but {options.vq_model}'s is {size}")
         options.downsample_size = size
 
-        options.gpt_model = _registered(options.gpt_model or gpt_name or "GPT-B", GPT_models, "model.gpt_model")
+        name = options.gpt_model or gpt_name or ("GPT-XL" if text else "GPT-B")
+        options.gpt_model = _registered(name, GPT_models, "model.gpt_model")
         if options.gpt_model != gpt_name:
             gpt_args = {}
-        told = {key: gpt_args.get(key) for key in ("num_classes", "cls_token_num", "model_type")}
+        told = {key: gpt_args.get(key) for key in ("num_classes", "cls_token_num", "model_type", "caption_dim")}
         if told["model_type"] not in (None, options.gpt_type):
             raise OptionError(
                 f"{options.gpt_ckpt}: a {told['model_type']} model, and model.gpt_type is {options.gpt_type}"
             )
         if options.image_size is None:
-            options.image_size = math.isqrt(gpt_args["block_size"]) * size if "block_size" in gpt_args else 384
+            tokens = gpt_args.get("block_size")
+            options.image_size = math.isqrt(tokens) * size if tokens else 512 if text else 384
         if options.image_size % size:
             raise OptionError(
                 f"model.image_size {options.image_size} is not a multiple of {options.vq_model}'s {size} pixels"
@@ -77,13 +80,16 @@ class Blueprint:
         if options.num_classes is None:
             options.num_classes = told["num_classes"] or 1000
         if options.cls_token_num is None:
-            options.cls_token_num = told["cls_token_num"] or (1 if options.gpt_type == "c2i" else 120)
+            options.cls_token_num = told["cls_token_num"] or (120 if text else 1)
+        if options.caption_dim is None:
+            options.caption_dim = told["caption_dim"] or ModelArgs.caption_dim
         given = {
             "model_type": options.gpt_type,
             "vocab_size": options.codebook_size,
             "block_size": self.grid**2,
             "num_classes": options.num_classes,
             "cls_token_num": options.cls_token_num,
+            "caption_dim": options.caption_dim,
         }
         # Metadata tells all fields; a registered size is only a name for some of them.
         build = (lambda **args: Transformer(ModelArgs(**args))) if "dim" in gpt_args else GPT_models[options.gpt_model]
@@ -102,12 +108,12 @@ class Blueprint:
         return {key: fingerprint(path) for key, path in paths.items()}
 
 
-def _metadata(path: str | None, key: str) -> tuple[str | None, dict[str, Any]]:
+def _metadata(path: str | None, key: str, demo: str) -> tuple[str | None, dict[str, Any]]:
     """(registered name, ModelArgs fields) that a .safetensors file tells about its model; (None, {}) if it doesn't."""
     if path is None:
         raise OptionError(
-            f"{key} is not given. `--config {shown(ROOT / 'configs/demo.yaml')}` samples the models that ship with the "
-            f"project; the README tells where released weights go"
+            f"{key} is not given. `--config {shown(ROOT / demo)}` samples the models that ship with the project; the "
+            f"README tells where released weights go"
         )
     read_state_dict(path)  # maps the file: a missing or damaged one is told before anything else happens
     if not path.endswith(".safetensors"):
@@ -136,17 +142,6 @@ def _on_meta(build, args: dict[str, Any], path: str | None) -> nn.Module:
             return build(**args).eval().requires_grad_(False)
     except (TypeError, ValueError) as error:
         raise OptionError(f"{path}: its sizes make no model: {error}") from error
-
-
-def fingerprint(path: str) -> dict[str, Any]:
-    """Tells files apart quickly: name, bytes, and SHA-256 of the size and up to 64 blocks of 1 MiB, evenly spread."""
-    size, block, digest = Path(path).stat().st_size, 1 << 20, hashlib.sha256()
-    digest.update(str(size).encode())
-    with open(path, "rb") as file:
-        for i in range(min(64, -(-size // block))):
-            file.seek(i * block if size <= 64 * block else i * (size - block) // 63)
-            digest.update(file.read(block))
-    return {"file": Path(path).name, "bytes": size, "sha256_of_blocks": digest.hexdigest()}
 
 
 def image_seeds(seed: int, total: int) -> np.ndarray:
@@ -209,13 +204,15 @@ class Sampler:
         """Sample image tokens: int64 [B, N] on the device.
 
         Args:
-            cond: int [B] class ids, or text features [B, T, caption_dim].
+            cond: int [B] class ids, or text features [B, T, caption_dim] of any floating-point type.
             seeds: int64 [B].
             masks: [B, T], 1 where a text token is no padding.
             count: stop after this many tokens; None: a whole image.
         """
         options, count = self.sampling, count or self.tokens_per_image
         with self._timed("gpt"):
+            if cond.is_floating_point():
+                cond = cond.to(self.gpt.tok_embeddings.weight.dtype)
             kv = new_cache(self.gpt, len(cond), count, masks, options.cfg_scale, self.cache)
             if len(cond) > self.cache_report.get("images_per_batch", 0):
                 self.cache_report = describe(kv, len(cond))
@@ -270,3 +267,9 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Count :func:`peak_memory` from now on, where that is possible: on CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

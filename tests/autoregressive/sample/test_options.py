@@ -9,13 +9,14 @@ from autoregressive.sample.options import OptionError, Options, markdown, parse_
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
-def parse(*argv, script="job"):
-    return parse_options(Options(), list(argv), script=script, description="d", examples="e")
+def parse(*argv, script="job", text=False):
+    defaults = Options.text_to_image() if text else Options()
+    return parse_options(defaults, list(argv), script=script, description="d", examples="e")
 
 
-def refused(capsys, *argv, script="job"):
+def refused(capsys, *argv, **how):
     with pytest.raises(SystemExit) as stop:
-        parse(*argv, script=script)
+        parse(*argv, **how)
     assert stop.value.code == 2
     return capsys.readouterr().err
 
@@ -64,6 +65,8 @@ def test_base_is_overridden_key_by_key(config, tmp_path):
         ("sampling: {cfg_scal: 2.0}", "unknown key 'sampling.cfg_scal' (did you mean cfg_scale?)"),
         ("sampling: {gpt_ckpt: a.pt}", "unknown key 'sampling.gpt_ckpt' (did you mean model.gpt_ckpt?)"),
         ("model: {gpt-ckpt: a.pt}", "unknown key 'model.gpt-ckpt' (did you mean gpt_ckpt?)"),
+        ("text: {clean: true}", "section 'text' is not for c2i models"),
+        ("model: {caption_dim: 8}", "unknown key 'model.caption_dim'"),
         ("smpling: {top_k: 1}", "unknown section 'smpling' (did you mean sampling?)"),
         ("sampling: {top_k: 2.5}", "key 'sampling.top_k': expected a whole number, got 2.5"),
         ("sampling: {top_k: true}", "key 'sampling.top_k': expected a whole number, got True"),
@@ -115,17 +118,46 @@ def test_llamagen_flags_are_all_there():
     assert options.sampling.cfg_interval == -1.0
 
 
+def test_llamagen_flags_for_text_are_all_there():
+    flags = "--gpt-model GPT-XL --gpt-ckpt a.pt --gpt-type t2i --cls-token-num 120 --precision bf16 --compile "
+    flags += "--vq-model VQ-16 --vq-ckpt b.pt --codebook-size 16384 --codebook-embed-dim 8 --image-size 512 "
+    flags += "--downsample-size 16 --num-classes 1000 --cfg-scale 7.5 --top-k 1000 --top-p 1.0 --temperature 1.0 "
+    flags += "--t5-path t5-ckpt --t5-model-type flan-t5-xl --t5-feature-max-len 120 --t5-feature-dim 2048 "
+    grid = parse(*(flags + "--no-left-padding --seed 0").split(), script="grid", text=True)
+    assert (grid.text.encoder, grid.text.encoder_path, grid.text.max_length) == ("flan-t5-xl", "t5-ckpt", 120)
+    assert (grid.model.caption_dim, grid.text.left_padding) == (2048, False)
+    flags += "--prompt-csv coco.csv --sample-dir samples_coco --per-proc-batch-size 32 --num-fid-samples 30000 "
+    job = parse(*(flags + "--global-seed 0").split(), text=True)
+    assert (job.text.prompt_file, job.run.num_fid_samples, job.text.left_padding) == ("coco.csv", 30000, True)
+    defaults = parse(text=True)
+    assert (defaults.sampling.cfg_scale, defaults.sampling.top_k, defaults.run.num_fid_samples) == (7.5, 1000, 30000)
+
+
+def test_prompts_of_a_flag_replace_those_of_a_file(capsys, config):
+    path = config("text: {prompts: [a, b]}")
+    assert parse("--config", path, text=True).text.prompts == ["a", "b"]
+    options = parse("--config", path, "--prompt", "c", "--prompt", "d e", text=True)
+    assert (options.text.prompts, options.text.prompt_file) == (["c", "d e"], None)
+    options = parse("--config", path, "--prompts", "f.txt", text=True)
+    assert (options.text.prompts, options.text.prompt_file) == (None, "f.txt")
+    assert "give one of them" in refused(capsys, "--prompt", "c", "--prompts", "f.txt", text=True)
+    assert "'run.class_labels'" in refused(capsys, "--config", config("run: {class_labels: [1]}"), text=True)
+    assert "text.max_length must be at least 1" in refused(capsys, "--t5-feature-max-len", "0", text=True)
+
+
 def test_help_is_whole(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = capsys.readouterr().out
-    for word in ("--config", "--cache-renew-every", "--label-distribution", "sampling:"):
-        assert word in text
+    words = {"--config", "--cache-renew-every", "sampling:"}
+    for text, own, other in ((False, "--label-distribution", "--prompt"), (True, "--prompt-csv", "--class-labels")):
+        with pytest.raises(SystemExit):
+            parse("--help", text=text)
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in (*words, own))
+        assert other not in shown
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs(path):
-    options = parse("--config", str(path))
+    options = parse("--config", str(path), text="t2i" in path.stem)
     assert Path(options.model.gpt_ckpt).parent.parts[-1] in ("pretrained_models", "demo")
     budget = options.cache_config().budget
     if "adsa" in path.stem:
@@ -137,4 +169,4 @@ def test_shipped_configs(path):
 
 def test_keys_are_documented():
     """configs/README.md ends with what `python autoregressive/sample/options.py` prints."""
-    assert (CONFIGS / "README.md").read_text().endswith("## Keys\n\n" + markdown(Options()) + "\n")
+    assert (CONFIGS / "README.md").read_text().endswith("## Keys\n\n" + markdown() + "\n")

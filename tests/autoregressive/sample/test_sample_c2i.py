@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from autoregressive.sample import sample_c2i
+from autoregressive.sample.grid import table
 from autoregressive.sample.options import OptionError
 
 from .conftest import start
@@ -25,8 +26,9 @@ def test_one_grid(models, tmp_path, capsys):
 
 def test_compares_caches_on_the_same_noise(models, tmp_path, capsys, monkeypatch):
     rows = []
-    table = sample_c2i.table
-    monkeypatch.setattr(sample_c2i, "table", lambda given, images: rows.extend(given) or table(given, images))
+    monkeypatch.setattr(
+        "autoregressive.sample.grid.table", lambda given, images: rows.extend(given) or table(given, images)
+    )
     output = tmp_path / "grid.png"
     flags = ["--output", str(output), "--class-labels", "1", "2", "--cache-local", "4"]
     sample_c2i.main([*models, *flags, "--compare", "full", "adsa-36", "window-8"])

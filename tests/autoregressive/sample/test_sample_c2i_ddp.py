@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +13,11 @@ from PIL import Image
 from autoregressive.sample import sample_c2i_ddp
 from autoregressive.sample.run_folder import RunError
 
-from .conftest import start
+from .conftest import content, start
 
 TOTAL = 24
 FLAGS = ["--num-fid-samples", str(TOTAL), "--cache-policy", "adsa", "--cache-budget", "12", "--seed", "3"]
 NAME = "GPT-Demo-gpt-size-12-size-12-VQ-8-Demo-topk-0-topp-1.0-temperature-1.0-cfg-1.5-seed-3-adsa-12"
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Everything in a run folder but run.json, which tells times."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")

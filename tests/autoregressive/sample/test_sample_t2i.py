@@ -1,0 +1,93 @@
+"""The grid of prompts, end to end on a tiny random model and the real text encoder."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from autoregressive.models.checkpoint import CheckpointError
+from autoregressive.sample import sample_t2i
+from autoregressive.sample.options import OptionError
+
+from .conftest import start
+
+
+def picture(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_prompts_make_a_grid(text_models, tmp_path, capsys):
+    """By flag or by file, the same; a prompt given twice has two images."""
+    prompts = ["a cat", "a cat", "one two three four five six seven", ""]
+    (tmp_path / "mine.txt").write_text("\n".join([*prompts[:3], ""]))
+    flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+    sample_t2i.main([*text_models, *flags, "--output", str(tmp_path / "flags.png")])
+    told = capsys.readouterr()
+    assert told.out.endswith(f"{tmp_path / 'flags.png'}\n")
+    assert "4 images of 12 px, 36 tokens each" in told.out
+    assert "note: text.prompts: 1 empty prompt (index 3), sampled from no words\n" in told.err
+    assert "note: 1 prompt cut to 8 tokens: index 2 before 'seven'\n" in told.err
+    grid = picture(tmp_path / "flags.png")
+    images = [grid[4:16, x : x + 12] for x in (4, 20, 36, 52)]  # four pixels between and around
+    assert len({image.tobytes() for image in images}) == 4
+
+    sample_t2i.main([*text_models, "--prompts", str(tmp_path / "mine.txt"), "--output", str(tmp_path / "file.png")])
+    grid = picture(tmp_path / "file.png")
+    assert all(np.array_equal(grid[4:16, x : x + 12], image) for x, image in zip((4, 20, 36), images[:3], strict=True))
+
+
+def test_compares_caches_on_the_same_noise(text_models, tmp_path, capsys):
+    flags = ["--prompt", "a cat", "a dog", "--compare", "full", "adsa-36", "window-8", "--cache-local", "4"]
+    sample_t2i.main([*text_models, *flags, "--output", str(tmp_path / "grid.png")])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert (rows[0][:2], rows[2][:4]) == (["dense", "36"], ["WINDOW-8", "of", "36", "8"])
+    grid = picture(tmp_path / "grid.png")
+    panel = (grid.shape[1] - 16) // 3
+    left, middle, right = (grid[16:28, 16 + i * panel : i * panel + panel] for i in range(3))
+    assert np.array_equal(left, middle), "a budget of all tokens is the dense cache"
+    assert not np.array_equal(left, right)
+
+
+def test_stdin(text_models, tmp_path):
+    """As a command, from another working directory."""
+    job = start(
+        "sample_t2i.py", *text_models, "--prompts", "-", "--output", str(tmp_path / "grid.png"), stdin="a cat\n\n"
+    )
+    out, err = job.communicate(timeout=300)
+    assert job.returncode == 0, err
+    assert "1 images of 12 px" in out
+    assert "note: stdin: 1 empty line skipped" in err
+    assert picture(tmp_path / "grid.png").shape[:2] == (38, 20)
+
+
+@pytest.mark.parametrize(
+    "flags, error, told",
+    [
+        ([], OptionError, "no prompts are given: name a file by --prompts FILE"),
+        (["--prompt", "x", "--gpt-type", "c2i"], OptionError, "gpt_type is c2i, and this script samples prompts"),
+        (["--prompt", "x", "--compare", "dens"], OptionError, "'dens' is neither full nor POLICY-BUDGET"),
+        (["--prompt", "x", "--text-encoder", "flan-t5-xl", "--t5-path", "/nowhere"], RuntimeError, "/nowhere"),
+        (["--prompt", "x", "--text-encoder", "minlm"], RuntimeError, "did you mean minilm"),
+        (["--prompt", "x", "--t5-feature-dim", "2048", "--text-encoder", "minilm"], OptionError, "takes 2048"),
+        (["--prompt", "x", "--t5-feature-max-len", "120"], OptionError, "text.max_length is 120, but the GPT takes 8"),
+        (
+            ["--prompt", "x", "--gpt-ckpt", "{tiny}/gpt.safetensors"],
+            OptionError,
+            "a c2i model, and model.gpt_type is t2i",
+        ),
+        (["--prompt", "x", "--cls-token-num", "9"], CheckpointError, "doesn't fit the model"),
+    ],
+)
+def test_refused_before_sampling(text_models, tiny, tmp_path, flags, error, told):
+    flags = [flag.format(tiny=tiny) for flag in flags]
+    with pytest.raises(error, match=told):
+        sample_t2i.main([*text_models, "--output", str(tmp_path / "grid.png"), *flags])
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_errors_are_one_line(text_models, tmp_path):
+    job = start("sample_t2i.py", *text_models, "--prompt", "x", "--t5-model-type", "minlm")
+    _, err = job.communicate(timeout=300)
+    assert job.returncode == 1
+    assert "error: there is no text encoder 'minlm' (did you mean minilm?)" in err
+    assert "Traceback" not in err
