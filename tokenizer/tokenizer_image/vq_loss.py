@@ -113,9 +113,9 @@ class PatchDiscriminator(nn.Module):
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, 3, H, W] -> logits [B, 1, h, w]."""
-        return self.main(x)
+    def forward(self, *batches: Tensor) -> list[Tensor]:
+        """Logits [B, 1, h, w] of each of the batches [B, 3, H, W], which is normalised by its own statistics alone."""
+        return [self.main(x) for x in batches]
 
 
 def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:

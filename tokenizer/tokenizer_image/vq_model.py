@@ -215,11 +215,16 @@ class VectorQuantizer(nn.Module):
         Returns (z_q like z, (vq, commitment, entropy loss, usage), (None, None, indices [B*h*w] in raster order)); the
         losses are None and usage is 0 outside of training.
         """
+        with torch.autocast(z.device.type, enabled=False):  # in half precision, near entries change places
+            z_q, losses, indices = self._quantize(z.to(torch.promote_types(z.dtype, torch.float32)))
+        return z_q.to(z.dtype), losses, (None, None, indices)
+
+    def _quantize(self, z: Tensor) -> tuple[Tensor, tuple, Tensor]:
         b, c, h, w = z.shape
         z = z.permute(0, 2, 3, 1).reshape(-1, c)
         if self.l2_norm:
             z = F.normalize(z, dim=-1)
-        codebook = self.codebook()
+        codebook = self.codebook().to(z.dtype)
         distances = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
         indices = distances.argmin(1)
         z_q = codebook[indices]
@@ -236,8 +241,7 @@ class VectorQuantizer(nn.Module):
                 skipped = torch.rand(b, 1, 1, device=z.device) < self.bypass
                 z_q = torch.where(skipped, z.view(b, h * w, c), z_q.view(b, h * w, c)).view(-1, c)
         z_q = z + (z_q - z).detach()
-        z_q = z_q.view(b, h, w, c).permute(0, 3, 1, 2)
-        return z_q, (vq_loss, commit_loss, entropy_loss, usage), (None, None, indices)
+        return z_q.view(b, h, w, c).permute(0, 3, 1, 2), (vq_loss, commit_loss, entropy_loss, usage), indices
 
     def _record(self, indices: Tensor) -> Tensor:
         """Slide the window of used indices on; return the fraction of entries within it."""

@@ -53,7 +53,7 @@ from tokenizer.tokenizer_image.vq_loss import (
     generator_loss,
     reconstruction_loss,
 )
-from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+from tokenizer.tokenizer_image.vq_model import USAGE_WINDOW, VQ_models, VQModel
 
 
 class CropDataset(Dataset):
@@ -105,8 +105,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--codebook-l2-norm", action=argparse.BooleanOptionalAction, default=True)
     add("--commit-loss-beta", type=float, default=0.25)
     add("--entropy-loss-ratio", type=float, default=0.0)
-    add("--codebook-restart-every", type=int, default=0, help="steps between restarts of unused entries; 0: never")
-    add("--codebook-restart-until", type=int, default=0, help="the last step at which entries are restarted")
+    add(
+        "--codebook-restart-every",
+        type=int,
+        default=0,
+        help=f"steps between restarts of entries that none of the last {USAGE_WINDOW} tokens used; 0: never",
+    )
+    add("--codebook-restart-until", type=int, help="the last step at which entries are restarted; default: the end")
     add(
         "--bypass",
         type=float,
@@ -161,6 +166,10 @@ def train(args: argparse.Namespace) -> None:
     """Run until the last step, or until SIGTERM / SIGINT, which saves a checkpoint first."""
     if args.perceptual_weight and not args.lpips_weights:
         raise TrainingError("--perceptual-weight needs --lpips-weights FILE; without it pass --perceptual-weight 0")
+    if args.freeze_encoder and args.codebook_restart_every:
+        raise TrainingError(
+            "--codebook-restart-every moves the codebook, which --freeze-encoder keeps: drop one of them"
+        )
     if args.gradient_accumulation_steps != 1:
         raise TrainingError("--gradient-accumulation-steps is not supported by this trainer; use more processes")
     accelerator = build_accelerator(args)
@@ -219,13 +228,16 @@ def train(args: argparse.Namespace) -> None:
             save_pictures(path, validation, reconstructions)
         run.meter.reset()
 
+    tokens = args.global_batch_size // accelerator.num_processes * (args.image_size // raw.config.downsample_size) ** 2
     restart_every = args.codebook_restart_every
+    restart_until = run.steps if args.codebook_restart_until is None else args.codebook_restart_until
     with closing(run.batches(dataset)) as batches:
         for x in batches:
             x = x.to(device, non_blocking=True, memory_format=torch.channels_last)
             rate = run.learning_rate()
             set_learning_rate(optimizer, rate)
-            if restart_every and run.step <= args.codebook_restart_until and run.step % restart_every == 0:
+            known = run.step * tokens >= USAGE_WINDOW  # which entries are used: the window is full
+            if restart_every and run.step % restart_every == 0 and run.step <= restart_until and known:
                 restart_codes(raw, x, accelerator, optimizer)
 
             raw.quantize.bypass = args.bypass if run.step < args.bypass_until else 0.0
@@ -243,7 +255,7 @@ def train(args: argparse.Namespace) -> None:
             if gan_now:
                 # not through DDP, which would wait for gradients of the discriminator
                 critic = accelerator.unwrap_model(discriminator).requires_grad_(False)
-                adversarial = generator_loss(args.gen_loss, critic(reconstruction))
+                adversarial = generator_loss(args.gen_loss, critic(reconstruction)[0])
                 weight = args.disc_weight
                 if args.disc_adaptive_weight:
                     weight = weight * adaptive_weight(loss, adversarial, raw.decoder.last_layer)
@@ -264,9 +276,9 @@ def train(args: argparse.Namespace) -> None:
             if gan_now:
                 set_learning_rate(disc_optimizer, rate)
                 critic.requires_grad_(True)
-                logits = discriminator(torch.cat([x, reconstruction.detach()]))
-                values["disc"] = disc = discriminator_loss(args.disc_loss, *logits.chunk(2))
-                accelerator.backward(disc)
+                real, fake = discriminator(x, reconstruction.detach())
+                values["disc"] = disc = discriminator_loss(args.disc_loss, real, fake)
+                accelerator.backward(args.disc_weight * disc)
                 if args.max_grad_norm:
                     accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm)
                 disc_optimizer.step()

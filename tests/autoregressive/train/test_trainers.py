@@ -71,7 +71,7 @@ def vq_flags(images, results, *more):
             "2",
         ),
         *("--disc-start", "3", "--disc-dim", "4", "--disc-weight", "0.1", "--disc-adaptive-weight"),
-        *("--codebook-restart-every", "2", "--codebook-restart-until", "4", "--entropy-loss-ratio", "0.1"),
+        *("--codebook-restart-every", "2", "--entropy-loss-ratio", "0.1"),
         *("--lr", "1e-3", "--lr-schedule", "cosine", "--max-steps", "6", "--log-every", "1", "--eval-every", "3"),
         *("--ckpt-every", "2", *COMMON, *more),
     ]
@@ -134,6 +134,7 @@ def interrupted(module, flags, monkeypatch):
 
 
 def test_vq_resume_is_exact(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(vq_train, "USAGE_WINDOW", 200)  # so that there are restarts at the steps 2 and 4
     vq_train.main(vq_flags(images, tmp_path / "whole"))
     interrupted(vq_train, vq_flags(images, tmp_path / "broken"), monkeypatch)
     assert (tmp_path / "broken" / "checkpoints" / "0000005.pt").exists()  # what SIGTERM left
@@ -223,7 +224,7 @@ def test_tokenizer_learns_and_the_decoder_can_be_tuned_alone(images, tmp_path):
     assert log[-1]["rec"] < 0.7 * log[0]["rec"]
 
     ckpt = tmp_path / "vq" / "checkpoints" / "0000040.pt"
-    flags = ["--vq-ckpt", str(ckpt), "--freeze-encoder", "--disc-weight", "0"]
+    flags = ["--vq-ckpt", str(ckpt), "--freeze-encoder", "--disc-weight", "0", "--codebook-restart-every", "0"]
     vq_train.main(vq_flags(images, tmp_path / "tuned", *flags))
     before = VQ_models["VQ-Tiny"]()
     load_model(before, ckpt)
@@ -241,6 +242,17 @@ def test_tokenizer_learns_and_the_decoder_can_be_tuned_alone(images, tmp_path):
     )
     metrics = json.loads((tmp_path / "measured" / "metrics.json").read_text())
     assert metrics["psnr"] == pytest.approx(log_of(tmp_path / "vq")[-1]["val_psnr"], abs=1e-4)
+
+
+def test_entries_are_restarted_when_their_use_is_known(images, tmp_path, monkeypatch):
+    restarts = []
+    monkeypatch.setattr(vq_train, "restart_codes", lambda *_: restarts.append(1))
+    flags = ["--disc-weight", "0", "--max-steps", "15", "--eval-every", "0", "--codebook-restart-until", "11"]
+    monkeypatch.setattr(vq_train, "USAGE_WINDOW", 5 * 4 * 6 * 6)  # the tokens of five steps
+    vq_train.main(vq_flags(images, tmp_path / "vq", *flags))
+    assert len(restarts) == 3  # at 6, 8 and 10
+    with pytest.raises(SystemExit, match="--codebook-restart-every moves the codebook, which --freeze-encoder keeps"):
+        vq_train.main(vq_flags(images, tmp_path / "frozen", "--freeze-encoder"))
 
 
 def test_gpt_learns_and_a_larger_grid_starts_from_it(codes, images, vq_ckpt, tmp_path):

@@ -45,8 +45,13 @@ def test_gan_losses():
             function("wasserstein", *arguments)
 
 
-def test_patch_discriminator_has_one_logit_per_patch():
-    assert PatchDiscriminator(ndf=4)(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 6, 6)
+def test_patch_discriminator_has_one_logit_per_patch_and_keeps_batches_apart():
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(ndf=4)
+    real, fake = torch.rand(2, 3, 64, 64), 5 * torch.rand(2, 3, 64, 64)
+    alone, (together, _) = discriminator(real), discriminator(real, fake)
+    assert together.shape == (2, 1, 6, 6)
+    assert torch.equal(together, alone[0])
 
 
 def test_adaptive_weight_is_the_ratio_of_gradient_norms():

@@ -100,6 +100,18 @@ def test_training_losses_usage_and_gradients():
     assert usage == pytest.approx(len({0, *indices.tolist()}) / 32)
 
 
+def test_codes_are_chosen_in_float32_under_autocast():
+    torch.manual_seed(0)
+    quantizer = VQ_models["VQ-8-Demo"](codebook_size=4096).quantize.train()
+    z = torch.randn(4, 8, 16, 16)
+    _, losses, (_, _, expected) = quantizer(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, found_losses, (_, _, found) = quantizer(z)
+    assert torch.equal(found, expected) and torch.equal(found_losses[0], losses[0])
+    half, _, _ = quantizer.eval().bfloat16()(z.bfloat16())
+    assert half.dtype == torch.bfloat16
+
+
 def test_restart_moves_dead_entries_only():
     torch.manual_seed(0)
     model = VQ_models["VQ-8-Demo"](codebook_size=16).train()
