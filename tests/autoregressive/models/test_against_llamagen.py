@@ -89,12 +89,34 @@ def test_t2i_greedy(t2i, captions, key, scale, masked, fold):
     assert tokens.tolist() == GOLDEN["t2i_tiny"][key]
 
 
+@pytest.mark.parametrize("fold", [True, False])
 @torch.no_grad()
-def test_t2i_prefill(t2i, captions):
+def test_t2i_prefill(t2i, captions, fold):
     features, masks = captions
-    logits, _ = t2i(cond_idx=features, cache=new_cache(t2i, 2, 16, masks, cache=CacheConfig("full")))
+    kv = new_cache(t2i, 2, 16, masks, cache=CacheConfig("full", fold_condition=fold))
+    logits, _ = t2i(cond_idx=features, cache=kv)
     close(logits[0, -1, :8], GOLDEN["t2i_tiny"]["prefill_logits_lastpos_row0_first8"])
     close(logits[1, -1, :8], GOLDEN["t2i_tiny"]["prefill_logits_lastpos_row1_first8"])
+    keys = [layer.tensors()["k"][:, :, : kv.condition_slots] for layer in kv.layers]
+    assert kv.condition_slots == (1 if fold else 120)
+    assert max(key.abs().max() for key in keys) == GOLDEN["t2i_tiny"]["k_cache_text_absmax"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "options"),
+    [
+        ("c2i", "sample_seed0_cfg2_topk8", {"cfg_scale": 2, "top_k": 8}),
+        ("c2i", "sample_seed0_cfg2_T0.9_topp0.8", {"cfg_scale": 2, "temperature": 0.9, "top_p": 0.8}),
+        ("t2i", "sample_seed0_cfg7.5_topk8", {"cfg_scale": 7.5, "top_k": 8}),
+    ],
+)
+def test_sampled_with_llamagens_draw(name, key, options, request, captions, monkeypatch):
+    """The draw is our own, so that images don't depend on their batch; with LlamaGen's in its place, its tokens."""
+    monkeypatch.setattr("autoregressive.models.generate.draw", lambda probs, _: probs.multinomial(1).squeeze(-1))
+    cond, masks = captions if name == "t2i" else (torch.tensor([3, 7]), None)
+    torch.manual_seed(0)
+    tokens = generate(request.getfixturevalue(name), cond, 16, masks, seeds=torch.arange(2), **options)
+    assert tokens.tolist() == GOLDEN[f"{name}_tiny"][key]
 
 
 @pytest.mark.parametrize("training", [True, False])

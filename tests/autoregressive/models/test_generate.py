@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from adsa import CacheConfig
+from adsa.policies import POLICIES
 from autoregressive.models import sampling
 from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
@@ -101,6 +102,25 @@ def test_prompts_of_different_length_share_a_batch(t2i, cache, cfg_scale):
     for i in range(3):
         alone = generate(t2i, features[i : i + 1], TOKENS, mask[i : i + 1], seeds=seeds[i : i + 1], **options)
         assert torch.equal(together[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 7.5])
+@pytest.mark.parametrize("mode", ["evict", "select"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_folding_the_text_changes_nothing(policy, mode, cfg_scale):
+    """Several text tokens as one slot, for prompts of several lengths: the same tokens, whatever is evicted."""
+    shape = {"dim": 64, "n_layer": 3, "n_head": 4, "block_size": TOKENS, "vocab_size": 64, "cls_token_num": 7}
+    model = fill_weights(Transformer(ModelArgs(model_type="t2i", caption_dim=8, **shape)), 8).double()
+    mask = (torch.arange(7) >= torch.tensor([[2], [6], [0]])).double()
+    features = torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(0)).double() * mask[..., None]
+    budget = {} if policy == "full" else {"budget": 12, "mode": mode}
+    tokens = {}
+    for fold in (True, False):
+        kv = new_cache(model, 3, TOKENS, mask, cfg_scale, CacheConfig(policy, fold_condition=fold, **budget))
+        assert kv.condition_slots == (1 if fold else 7)
+        tokens[fold] = generate(model, features, TOKENS, cfg_scale=cfg_scale, seeds=torch.arange(3), kv=kv)
+    assert torch.equal(tokens[True], tokens[False])
+    assert len(tokens[True].unique()) > 20
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
