@@ -340,6 +340,12 @@ def test_export(codes, tmp_path):
     ema = torch.load(tmp_path / "run" / "checkpoints" / "0000002.pt", weights_only=True)["ema"]
     for name, tensor in load_model(model, out).state_dict().items():
         assert torch.equal(tensor, ema[name].half().float()), name
+    names = tmp_path / "classes.json"
+    assert json.loads(names.read_text()) == {"classes": ["0_red_a", "1_green_b", "2_blue_a"]}
+    export.main(["--run", str(tmp_path / "run"), "--out", str(out), "--class-pattern", r"\d_(.*)_."])
+    assert json.loads(names.read_text()) == {"classes": ["red", "green", "blue"]}
+    with pytest.raises(SystemExit, match=r"--class-pattern .* does not match the class 1_green_b"):
+        export.main(["--run", str(tmp_path / "run"), "--out", str(out), "--class-pattern", "(.*)_a"])
     with pytest.raises(SystemExit, match="has no checkpoints"):
         export.main(["--run", str(tmp_path / "absent"), "--out", str(out)])
 
