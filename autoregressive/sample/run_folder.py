@@ -8,7 +8,6 @@
 Which images are missing is read off the folder itself; nothing else is remembered about progress.
 """
 
-import fcntl
 import io
 import json
 import os
@@ -27,6 +26,11 @@ from tqdm import tqdm
 
 from tokenizer.files import atomic_file, remove_partial
 from tokenizer.tokenizer_image.images import save_image_atomic
+
+try:
+    import fcntl
+except ImportError:  # Windows, where folders can't be locked
+    fcntl = None
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -128,6 +132,8 @@ class RunFolder:
         return [*earlier["earlier_sessions"], last]
 
     def _take_lock(self) -> None:
+        if fcntl is None:
+            return
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -266,6 +265,12 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes in use so far: on CUDA those of torch's allocator, elsewhere those of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not there on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

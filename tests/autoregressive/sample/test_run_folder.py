@@ -103,6 +103,15 @@ def test_two_jobs_at_once_are_refused(tmp_path):
     opened(tmp_path)[0].close()
 
 
+def test_where_folders_cannot_be_locked_runs_go_on_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "fcntl", None)
+    first, _ = opened(tmp_path)
+    second, missing = opened(tmp_path)
+    assert missing == [0, 1, 2, 3, 4]
+    first.close()
+    second.close()
+
+
 def test_unwritable(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match=r"cannot write .*file/run: Not a directory"):
