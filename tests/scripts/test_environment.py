@@ -91,32 +91,84 @@ def test_preload_is_harmless(project):
     assert (result.stdout, result.stderr) == ("7\n", "")
 
 
+@pytest.mark.parametrize("kind, demo", [("c2i", "configs/demo.yaml"), ("t2i", "configs/demo_t2i.yaml")])
 @pytest.mark.parametrize(
     "variables, flags, expected",
     [
-        ({}, [], "sample_c2i.py --config {root}/configs/demo.yaml"),
-        ({}, ["--help"], "sample_c2i_ddp.py --help"),
-        ({"CONFIG": "configs/demo.yaml"}, [], "sample_c2i_ddp.py --config {root}/configs/demo.yaml"),
-        ({"CONFIG": "my.yaml"}, ["--top-k", "3"], "sample_c2i_ddp.py --config my.yaml --top-k 3"),
-        ({"NPROC": "2"}, [], "--nproc-per-node 2 {job} --config {root}/configs/demo.yaml"),
+        ({}, [], "sample_{kind}.py --config {demo}"),
+        ({}, ["--help"], "sample_{kind}_ddp.py --help"),
+        ({"CONFIG": "configs/demo.yaml"}, [], "sample_{kind}_ddp.py --config {root}/configs/demo.yaml"),
+        ({"CONFIG": "my.yaml"}, ["--top-k", "3"], "sample_{kind}_ddp.py --config my.yaml --top-k 3"),
+        ({"NPROC": "2"}, [], "--nproc-per-node 2 {job} --config {demo}"),
         ({"NPROC": "2", "CONFIG": "my.yaml"}, [], "--nproc-per-node 2 {job} --config my.yaml"),
     ],
 )
-def test_sampling_script(tmp_path, variables, flags, expected):
+def test_sampling_scripts(sampling, variables, flags, expected, kind, demo):
     """From another folder; a config is looked for there, and then in the project."""
+    root = SCRIPTS.parent
+    result = sampling(f"sample_{kind}.sh", *flags, **variables)
+    assert result.returncode == 0, result.stderr
+    job = root / f"autoregressive/sample/sample_{kind}_ddp.py"
+    assert result.stdout.strip().endswith(expected.format(kind=kind, root=root, job=job, demo=root / demo))
+
+
+@pytest.fixture
+def sampling(tmp_path):
+    """Run one of the sampling scripts, in a folder with my.yaml, by a Python that only tells its arguments."""
     echo = tmp_path / "python"
     echo.write_text('#!/bin/sh\ncase "$1" in *check_requirements.py) exit 0;; esac\necho "$@"\n')
     echo.chmod(0o755)
     (tmp_path / "my.yaml").touch()
-    environment = {name: value for name, value in os.environ.items() if name not in ("CONFIG", "NPROC")}
-    result = subprocess.run(
-        ["bash", SCRIPTS / "sample_c2i.sh", *flags],
-        cwd=tmp_path,
-        env=environment | variables | {"PYTHON": str(echo)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stderr
-    job = SCRIPTS.parent / "autoregressive/sample/sample_c2i_ddp.py"
-    assert result.stdout.strip().endswith(expected.format(root=SCRIPTS.parent, job=job))
+    names = ("CONFIG", "NPROC", "PROMPTS", "ANNOTATIONS")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+
+    def run(script, *flags, scripts=SCRIPTS, **variables):
+        return subprocess.run(
+            ["bash", scripts / script, *flags],
+            cwd=tmp_path,
+            env=environment | {"PYTHON": str(echo)} | variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["coco", "parti"])
+def test_prompt_scripts(sampling, name):
+    root = SCRIPTS.parent
+    result = sampling(f"sample_t2i_{name}.sh", "--top-k", "9", PROMPTS="my.csv", NPROC="2")
+    config = root / "configs/t2i_XL_stage2_512_adsa512.yaml"
+    wanted = f"--nproc-per-node 2 {root}/autoregressive/sample/sample_t2i_ddp.py --config {config} "
+    assert result.stdout.strip().endswith(f"{wanted}--prompts my.csv --sample-dir samples_{name} --top-k 9")
+    result = sampling(f"sample_t2i_{name}.sh", PROMPTS="my.csv", CONFIG="my.yaml")
+    assert "sample_t2i_ddp.py --config my.yaml --prompts my.csv" in result.stdout
+    assert "--help" in sampling(f"sample_t2i_{name}.sh", "--help").stdout
+
+
+def test_prompts_are_made_once(sampling, tmp_path):
+    """In a copy of the project, without data: COCO's are drawn, Parti's fetched, by what stands for curl."""
+    copy = tmp_path / "copy"
+    shutil.copytree(SCRIPTS, copy / "scripts")
+    drawn = copy / "data/coco/coco_val2014.tsv"
+    first, then = sampling("sample_t2i_coco.sh", scripts=copy / "scripts", ANNOTATIONS="some.json").stdout.splitlines()
+    assert first == f"{copy}/scripts/coco_prompts.py --output {drawn} --annotations some.json"
+    assert then.endswith(f"--prompts {drawn} --sample-dir samples_coco")
+    drawn.parent.mkdir(parents=True)
+    drawn.touch()
+    assert len(sampling("sample_t2i_coco.sh", scripts=copy / "scripts").stdout.splitlines()) == 1
+
+    curl = tmp_path / "curl"
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "scripts": copy / "scripts"}
+    curl.write_text("#!/bin/sh\nexit 22\n")
+    curl.chmod(0o755)
+    result = sampling("sample_t2i_parti.sh", **path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "could not fetch https://raw.githubusercontent.com/google-research/parti" in result.stderr
+    fetched = copy / "data/PartiPrompts.tsv"
+    curl.write_text('#!/bin/sh\nwhile [ "$1" != --output ]; do shift; done\necho Prompt > "$2"\n')
+    assert f"--prompts {fetched} " in sampling("sample_t2i_parti.sh", **path).stdout
+    assert fetched.read_text() == "Prompt\n"
+    curl.write_text("#!/bin/sh\nexit 22\n")
+    assert sampling("sample_t2i_parti.sh", **path).returncode == 0
