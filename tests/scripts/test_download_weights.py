@@ -4,8 +4,10 @@ import errno
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,6 +253,7 @@ def test_known_checksums():
 
 def test_shell_script_runs_from_anywhere(tmp_path):
     script = ROOT / "scripts" / "download_weights.sh"
-    run = subprocess.run(["bash", str(script), "--list"], cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | {"PYTHON": sys.executable}
+    run = subprocess.run(["bash", str(script), "--list"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "flan-t5-xl" in run.stdout

@@ -139,7 +139,9 @@ def test_prompts_of_a_flag_replace_those_of_a_file(capsys, config):
     options = parse("--config", path, "--prompt", "c", "--prompt", "d e", text=True)
     assert (options.text.prompts, options.text.prompt_file) == (["c", "d e"], None)
     options = parse("--config", path, "--prompts", "f.txt", text=True)
-    assert (options.text.prompts, options.text.prompt_file) == (None, "f.txt")
+    assert (options.text.prompts, options.text.prompt_file) == ((), "f.txt")
+    assert parse("--prompt", "none", text=True).text.prompts == ["none"], "which is a prompt like any other"
+    assert parse("--compare", "none", script="grid").run.compare is None
     assert "give one of them" in refused(capsys, "--prompt", "c", "--prompts", "f.txt", text=True)
     assert "'run.class_labels'" in refused(capsys, "--config", config("run: {class_labels: [1]}"), text=True)
     assert "text.max_length must be at least 1" in refused(capsys, "--t5-feature-max-len", "0", text=True)
@@ -165,6 +167,34 @@ def test_shipped_configs(path):
         assert str(budget) == path.stem.split("adsa")[1]
     elif "dense" in path.stem:
         assert options.cache.policy == "full"
+
+
+# The values that LlamaGen's own numbers were measured with: guidance (and a best of 1.65 for 3B) from its README and
+# GETTING_STARTED, all tokens, temperature 1, images of 384 resized to 256; for text the defaults of sample_t2i_ddp.py.
+LLAMAGEN = {
+    "c2i_B_384": ("GPT-B", 2.0, 0, 384, 256),
+    "c2i_L_384": ("GPT-L", 2.0, 0, 384, 256),
+    "c2i_XL_384": ("GPT-XL", 1.75, 0, 384, 256),
+    "c2i_XXL_384": ("GPT-XXL", 1.75, 0, 384, 256),
+    "c2i_3B_384": ("GPT-3B", 1.65, 0, 384, 256),
+    "t2i_XL_stage1_256": ("GPT-XL", 7.5, 1000, 256, None),
+    "t2i_XL_stage2_512": ("GPT-XL", 7.5, 1000, 512, None),
+}
+
+
+def test_released_models_are_sampled_as_llamagen_measured_them():
+    found = set()
+    for path in sorted(CONFIGS.glob("[ct]2i_*.yaml")):
+        name = path.stem.rpartition("_")[0]
+        options = parse("--config", str(path), text=name.startswith("t2i"))
+        model, sampling = options.model, options.sampling
+        values = (model.gpt_model, sampling.cfg_scale, sampling.top_k, model.image_size, options.run.image_size_eval)
+        assert values == LLAMAGEN[name], path.name
+        assert (sampling.top_p, sampling.temperature, sampling.cfg_interval) == (1.0, 1.0, -1.0)
+        assert Path(model.gpt_ckpt).stem == name
+        assert Path(model.vq_ckpt).name == f"vq_ds16_{name[:3]}.pt"
+        found.add(name)
+    assert found == LLAMAGEN.keys()
 
 
 def test_keys_are_documented():
