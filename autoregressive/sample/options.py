@@ -105,9 +105,7 @@ class TextOptions:
 
     only_for: ClassVar[str] = "t2i"
 
-    prompts: Sequence[str] | None = option(
-        None, "the prompts themselves, one image each", flags=("--prompt",), metavar="TEXT"
-    )
+    prompts: Sequence[str] = option((), "the prompts themselves, one image each", flags=("--prompt",), metavar="TEXT")
     prompt_file: str | None = option(
         None,
         "prompts in a file: .txt (one a line), .tsv or .csv (a column Prompt) or .jsonl (a key text). A grid can also "
@@ -139,7 +137,7 @@ class TextOptions:
     )
     max_length: int | None = option(
         None,
-        "tokens that a prompt may have, what is longer is cut; default, and all that fits: the GPT's cls-token-num",
+        "tokens that a prompt may have; what is longer is cut. The GPT's cls-token-num, and so by default",
         flags=("--text-max-length", "--t5-feature-max-len"),
     )
     left_padding: bool = option(True, "pad short prompts on the left, as the models were trained")
@@ -304,7 +302,7 @@ class Options:
         for key in ("class_labels", "grid_labels"):
             if getattr(run, key) == []:
                 raise OptionError(f"run.{key} names no class; leave it out for the default")
-        if self.text.prompts is not None and self.text.prompt_file is not None:
+        if self.text.prompts and self.text.prompt_file is not None:
             raise OptionError("text.prompts and text.prompt_file both name prompts: give one of them")
         if not 0 <= run.seed < 2**63:
             raise OptionError(f"run.seed must be 0 to 2^63 - 1, not {run.seed}")
@@ -361,10 +359,10 @@ def _typed(value: Any, kind: type, optional: bool, choices: Sequence[str] | None
 
 
 def _from_flag(kind: type, optional: bool, choices: Sequence[str] | None):
-    """An argparse type. Where None is allowed and means something, the word `none` gives it."""
+    """An argparse type. Where None is allowed and means something, the word `none` gives it; a list is told by item."""
 
     def convert(text: str):
-        if optional and text.lower() == "none" and not (choices and "none" in choices):
+        if optional and kind is not list and text.lower() == "none" and not (choices and "none" in choices):
             return None
         try:
             value = str(text) if kind is list else kind(text)
@@ -553,7 +551,8 @@ def parse_options(
                 values.get("text", {}).pop(key, None)
         for name, value in given.items():
             section, key = name.split(".")
-            value = None if value == [None] else value  # the word none, for a list
+            _, optional = _kind(type(getattr(defaults, section)), defaults.rows()[section][key])
+            value = None if value == ["none"] and optional else value
             values.setdefault(section, {})[key] = value
         for name, section in values.items():
             for key, value in section.items():
@@ -566,7 +565,7 @@ def parse_options(
 
 def default_text(value: Any) -> str:
     """How the help tells a default that is not told in words."""
-    if value is None or value is False:
+    if value is None or value is False or value == ():
         return ""
     return f" [{'on' if value is True else value}]"
 
@@ -588,7 +587,7 @@ def markdown() -> str:
             kind, _ = _kind(type(section), row)
             allowed = ", ".join(row.metadata["choices"] or []) or _NAMES[kind]
             value, only = getattr(section, row.name), row.metadata["only_for"]
-            shown = "" if value is None else str(value).lower() if kind is bool else str(value)
+            shown = "" if value in (None, ()) else str(value).lower() if kind is bool else str(value)
             told = f"{only}: {row.metadata['help']}" if only else row.metadata["help"]
             lines.append(f"| `{row.name}` | {allowed} | {shown} | {told} |")
         lines.append("")

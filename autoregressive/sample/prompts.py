@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from autoregressive.sample.options import OptionError, Options, TextOptions, near
 
 
@@ -75,7 +77,7 @@ def read_prompts(options: TextOptions) -> Prompts:
     Raises:
         OptionError: there are none, or the file can't be read as what its ending says; with line or byte.
     """
-    if options.prompts is not None:
+    if options.prompts:
         return _prompts("prompts", "text.prompts", [(text, None) for text in options.prompts])
     if options.prompt_file is None:
         raise OptionError(
@@ -189,7 +191,7 @@ _READERS = {".txt": _lines, ".tsv": _table, ".csv": _table, ".jsonl": _jsonl}
 def tell(notes: Iterable[str]) -> None:
     """Notes for the user, on stderr."""
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        tqdm.write(f"note: {note}", file=sys.stderr)  # not through a progress bar
 
 
 def number(count: int, noun: str) -> str:

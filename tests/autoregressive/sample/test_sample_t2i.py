@@ -1,14 +1,19 @@
 """The grid of prompts, end to end on a tiny random model and the real text encoder."""
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from autoregressive.models.checkpoint import CheckpointError
+from autoregressive.models.checkpoint import CheckpointError, save_safetensors
+from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.sample import sample_t2i
 from autoregressive.sample.options import OptionError
 
-from .conftest import start
+from .conftest import ROOT, start
 
 
 def picture(path):
@@ -46,6 +51,24 @@ def test_compares_caches_on_the_same_noise(text_models, tmp_path, capsys):
     left, middle, right = (grid[16:28, 16 + i * panel : i * panel + panel] for i in range(3))
     assert np.array_equal(left, middle), "a budget of all tokens is the dense cache"
     assert not np.array_equal(left, right)
+
+
+def test_demo_configuration(tiny, tmp_path, capsys):
+    """Its prompts, encoder and tokenizer, with a random GPT of the demo's interface and 8 x 8 tokens."""
+    torch.manual_seed(0)
+    shape = {"dim": 16, "n_layer": 1, "n_head": 2, "multiple_of": 16, "vocab_size": 4096, "block_size": 64}
+    gpt = Transformer(ModelArgs(**shape, model_type="t2i", caption_dim=384, cls_token_num=24))
+    torch.nn.init.normal_(gpt.output.weight)
+    metadata = {"model": "GPT-Demo", "args": json.dumps(asdict(gpt.config))}
+    save_safetensors(tmp_path / "gpt.safetensors", gpt.state_dict(), metadata)
+    flags = ["--gpt-ckpt", str(tmp_path / "gpt.safetensors"), "--output", str(tmp_path / "grid.png"), "--cpu"]
+    flags += ["--text-feature-dir", str(tiny / "text_features"), "--compare", "full", "adsa-32"]
+    sample_t2i.main(["--config", str(ROOT / "configs" / "demo_t2i.yaml"), *flags])
+    told = capsys.readouterr()
+    assert "8 images of 64 px, 64 tokens each" in told.out
+    assert "ADSA-32 of 64" in told.out
+    assert "note:" not in told.err, "no prompt is cut or empty"
+    assert picture(tmp_path / "grid.png").shape[1] > 8 * 64
 
 
 def test_stdin(text_models, tmp_path):
