@@ -53,7 +53,7 @@ def with_article(phrase: str) -> str:
     head = re.split(r",| with | on | in | of | and ", phrase)[0]
     if head.endswith("s") and not head.endswith(("ss", "us", "is")):
         return phrase
-    vowel = re.match(r"[aeiou]", phrase, re.IGNORECASE) and not re.match(r"(uni|uk|us|ut|eu|one)", phrase.lower())
+    vowel = re.match(r"[aeiou]", phrase, re.IGNORECASE) and not re.match(r"(uni|uk|us|ut|eu|ew|one)", phrase.lower())
     return f"{'an' if vowel else 'a'} {phrase}"
 
 

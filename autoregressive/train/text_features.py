@@ -4,9 +4,10 @@ A captions file is JSON Lines, one image a line: {"image": "folder/name.png", "c
 images relative to the file's own folder. A feature folder, made by extract_text_features.py, holds
 
     captions.jsonl            a copy of the captions file
+    job.json                  encoder, its files, max_length, ...: what the features depend on
     NNNNN.npy                 float16 [rows, C]: features of up to SHARD texts, one after the other, without padding
     NNNNN.lengths.npy         int32 [texts]: rows of each text
-    meta.json                 encoder, max_length, caption_dim, ...; written last
+    meta.json                 the same, and caption_dim, numbers of texts, ...; written last
 
 Texts are the different captions of the file in order of appearance; each is encoded once.
 """

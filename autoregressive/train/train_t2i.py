@@ -53,7 +53,10 @@ class CaptionDataset(CodeDataset):
         self.text = TextFeatures(text)
         self.length = length or self.text.meta["max_length"]
         if self.length < self.text.meta["max_length"]:
-            raise TrainingError(f"{text} has up to {self.text.meta['max_length']} tokens: --cls-token-num is too small")
+            raise TrainingError(
+                f"--cls-token-num {self.length} is less than the {self.text.meta['max_length']} tokens that captions "
+                f"of {text} may have"
+            )
         names = json.loads((codes / "images.json").read_text())
         self.images = [names[i] for i in self.kept]
         missing = [name for name in self.images if name not in self.text.captions]
@@ -85,7 +88,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text-path", type=Path, required=True, help="folder made by extract_text_features.py")
     add("--val-text-path", type=Path, help="the same for --val-code-path")
     add("--cls-token-num", type=int, help="condition tokens; default: the max_length of the features")
-    add("--sample-images", type=int, default=32, help="images of a sample grid: half training, half held-out captions")
+    add(
+        "--sample-images",
+        type=int,
+        default=32,
+        help="of a sample grid: half of training, then half of held-out captions",
+    )
     add_gpt_flags(parser)
     args = parser.parse_args(argv)
     if (args.val_code_path is None) != (args.val_text_path is None):

@@ -77,6 +77,8 @@ def test_words(data):
     assert {"an apple", "a red apple", "a noto drawing of an apple", "food: apple", "noto: red apple"} <= set(apple)
     assert {"grapes", "green grapes"} <= set(captions["train/food-fruit_noto/grapes-0.png"])
     assert "a brown plum" in captions["val/food-fruit_noto/plum-0.png"]
+    phrases = {"ewe": "a ewe", "unicorn": "a unicorn", "umbrella": "an umbrella", "glasses": "glasses", "bus": "a bus"}
+    assert {name: captioner.with_article(name) for name in phrases} == phrases
     owl = captions["train/food-fruit_noto/owl-0.png"]
     assert "an owl emoji" in owl and not any("red" in text or "green" in text for text in owl)
     hand = captions["train/hand_noto/waving-hand-2.png"]

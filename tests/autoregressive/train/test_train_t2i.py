@@ -310,7 +310,7 @@ def test_what_cannot_start_says_why(images, captions, codes, text, vq_ckpt, tmp_
     cases = [
         ([*flags, "--text-path", str(tmp_path / "absent")], "has no meta.json"),
         ([*flags, "--text-path", str(tmp_path / "some")], "has no captions for 5 images"),
-        ([*flags, "--cls-token-num", "5"], "--cls-token-num is too small"),
+        ([*flags, "--cls-token-num", "5"], "--cls-token-num 5 is less than the 6"),
         ([*flags, "--init-from", str(vq_ckpt)], "--vq-ckpt"),
     ]
     for case, message in cases:
