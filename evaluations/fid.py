@@ -44,7 +44,7 @@ def evaluate(
     *,
     feature_extractor: str = INCEPTION,
     batch_size: int = 64,
-    num_workers: int = 4,
+    num_workers: int | None = None,
     image_size: int | None = None,
     reference_classes: list[str] | None = None,
     fid_infinity: bool = False,
@@ -58,6 +58,8 @@ def evaluate(
         EvaluationError: the message names the file or value and the way out.
     """
     torch.backends.cudnn.allow_tf32 = False  # features are to be the same on all GPUs
+    if num_workers is None:
+        num_workers = min(4, _cores())
     load = functools.cache(lambda: load_extractor(feature_extractor))
 
     def features(images: ImageSet | Features | None) -> Features | None:
@@ -95,6 +97,12 @@ def evaluate(
         "notes": notes + more + told,
         "versions": {name: version(name) for name in ("torch", "torch-fidelity", "timm", "open_clip_torch")},
     }
+
+
+def _cores() -> int:
+    """The processor's cores for each process on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -149,7 +157,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "open_clip/NAME/TAG. Numbers of different extractors do not compare",
     )
     add("--batch-size", type=positive, default=64, metavar="N", help="images at a time for each process (default: 64)")
-    add("--num-workers", type=count, default=4, metavar="N", help="processes that read images, each (default: 4)")
+    add("--num-workers", type=count, metavar="N", help="processes that read images for each (default: up to 4)")
     add(
         "--image-size",
         type=positive,
