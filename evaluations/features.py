@@ -73,17 +73,19 @@ class ImageSet(Protocol):
 
     Attributes:
         path: as the user named it.
-        cache: path of the file for its features, with {} in place of the extractor's name.
         identity: changes with the images, but not when they are copied.
         state: changes whenever the files do; cached features belong to it.
     """
 
     path: Path
-    cache: str
     identity: str
     state: str
 
     def __len__(self) -> int: ...
+
+    def cache(self, name: str) -> Path:
+        """Where features of this name are kept."""
+        ...
 
     def read(self, index: int) -> np.ndarray:
         """uint8 [H, W, 3]. Raises ImageError."""
@@ -99,9 +101,7 @@ class FolderImages:
     """
 
     def __init__(self, path: Path, classes: list[str] | None = None):
-        self.path = path
-        selection = "" if classes is None else f"-{_slug('+'.join(classes))}"
-        self.cache = str(path / "features-{}") + f"{selection}.npz"
+        self.path, self.classes = path, classes
         self.files = []
         for folder, inner, names in os.walk(path, followlinks=True):
             if folder == str(path) and classes is not None:
@@ -123,6 +123,10 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.files)
 
+    def cache(self, name: str) -> Path:
+        selection = "" if self.classes is None else f"-{_slug('+'.join(self.classes))}"
+        return self.path / f"features-{name}{selection}.npz"
+
     def read(self, index: int) -> np.ndarray:
         return np.asarray(load_rgb(self.files[index]))
 
@@ -132,7 +136,6 @@ class ArrayImages:
 
     def __init__(self, path: Path):
         self.path = path
-        self.cache = str(path.with_suffix("")) + ".features-{}.npz"
         self.identity = self.state = _npz_identity(path)
         self.images = _array(path, "arr_0")
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[-1] != 3:
@@ -142,6 +145,9 @@ class ArrayImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def cache(self, name: str) -> Path:
+        return self.path.with_name(f"{self.path.stem}.features-{name}.npz")
 
     def read(self, index: int) -> np.ndarray:
         return np.array(self.images[index])
@@ -227,7 +233,7 @@ def extract(
     Raises:
         EvaluationError: an image that can't be read, or another process that failed.
     """
-    cache = Path(images.cache.format(_slug(name) + (f"-{image_size}px" if image_size else "")))
+    cache = images.cache(_slug(name) + (f"-{image_size}px" if image_size else ""))
     key = json.dumps([FORMAT, name, image_size, images.state])
     found = _cached(cache, key) if state.is_main_process else None
     if broadcast_object_list([found is not None])[0]:

@@ -34,7 +34,7 @@ def not_needed():
 
 
 def test_folder_npz_and_run_give_the_same(folder, run_folder, run, tmp_path):
-    path, images = folder("a/b")  # in a folder within the folder
+    path, images = folder("a{0}/b")  # in a folder within the folder
     np.savez(tmp_path / "stored.npz", arr_0=images)
     np.savez_compressed(tmp_path / "packed.npz", arr_0=images)
     found = run(path.parent)
