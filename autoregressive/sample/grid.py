@@ -56,7 +56,7 @@ def sample_grid(
     options = variants[0]
     count, size = len(captions), options.model.image_size
     seeds = torch.from_numpy(image_seeds(options.run.seed, count))
-    columns = min(count, max(4, math.isqrt(count)))
+    columns = min(count, options.run.columns or max(4, math.isqrt(count)))
     print(f"{count} images of {size} px, {blueprint.tokens} tokens each, on {device}")
     sampler = Sampler(blueprint, options, device)
     panels, rows = [], []

@@ -247,6 +247,7 @@ def versions() -> dict[str, str | None]:
 _FREE = {
     "model.from_fsdp",
     "run.class_names",
+    "run.columns",
     "run.compare",
     "run.cpu",
     "run.grid_labels",

@@ -219,6 +219,12 @@ class RunOptions:
         metavar="CACHE",
         script="grid",
     )
+    columns: int | None = option(
+        None,
+        "images in a row, of each cache; default: 4, or in a grid of many as many as rows",
+        metavar="N",
+        script="grid",
+    )
     output: str = option("sample_c2i.png", "the grid", metavar="FILE.png", path=True, script="grid")
     sample_dir: str = option("samples", "the run folder is made in here", metavar="DIR", path=True, script="job")
     per_proc_batch_size: int = option(32, "images that one process samples at a time", metavar="N", script="job")
@@ -292,6 +298,7 @@ class Options:
             "model.cls_token_num": self.model.cls_token_num,
             "model.caption_dim": self.model.caption_dim,
             "text.max_length": self.text.max_length,
+            "run.columns": run.columns,
             "run.per_proc_batch_size": run.per_proc_batch_size,
             "run.num_fid_samples": run.num_fid_samples,
             "run.image_size_eval": run.image_size_eval,

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.text.prompt_file == "-":
         raise OptionError("text.prompt_file: a job may be started again, so it can't read stdin: name a file")
     prompts = read_prompts(options.text).first(run.num_fid_samples)
-    notes = prompts.notes(wanted=run.num_fid_samples)
+    notes = prompts.notes(wanted=run.num_fid_samples if options.text.prompt_file else None)
     run.num_fid_samples = len(prompts.texts)
 
     state = start_processes(run.cpu)
