@@ -7,6 +7,7 @@ are memory-mapped, and a file that doesn't fit is an error that says what it is,
 import argparse
 import difflib
 import functools
+import json
 import pickle
 import re
 import shutil
@@ -118,6 +119,8 @@ def load_model(
 def save_safetensors(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors to a .safetensors file, atomically: at any moment `path` is the old file or the whole new one.
 
+    The same content makes the same bytes.
+
     Args:
         path: its folder is made if need be.
         state_dict: name to tensor, of any device and layout.
@@ -145,9 +148,22 @@ def save_safetensors(path: str | Path, state_dict: Mapping[str, Tensor], metadat
         with atomic_file(path, sync=True) as file:
             file.close()  # safetensors writes by name alone
             save_file(tensors, file.name, metadata=dict(metadata))
+            _sort_metadata(Path(file.name))
     except (OSError, SafetensorError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise CheckpointError(f"Could not write {path} ({_mb(size)}): {error}. {_free_space(path.parent)}") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Bring the metadata into order: safetensors writes it in another one each time."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # or what follows would have to move
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _free_space(folder: Path) -> str:

@@ -458,6 +458,17 @@ def test_save_and_read_back(tmp_path, state):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_the_same_content_makes_the_same_bytes(tmp_path, state):
+    metadata = {f"key {i}": 'text, "quoted" and ünïcode\n' for i in range(8)}
+    for name in ("a", "b", "c"):
+        save_safetensors(tmp_path / name, state, metadata)
+    assert len({(tmp_path / name).read_bytes() for name in "abc"}) == 1
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == metadata
+    save_safetensors(tmp_path / "without", state, {})
+    assert_same(read_state_dict(tmp_path / "without"), state)
+
+
 def test_saves_over_the_file_it_was_read_from(tmp_path, state):
     path = tmp_path / "file.safetensors"
     save_safetensors(path, state, {})
