@@ -129,19 +129,12 @@ def table(rows: Sequence[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for i, row in enumerate(rows):
-        ratio = f"{row['ms_per_step'] / rows[i - 1]['ms_per_step']:.3f}" if row["fold"] else ""
+        fold, ratio = "no", ""
+        if row["fold"]:
+            fold, ratio = "yes", f"{row['ms_per_step'] / rows[i - 1]['ms_per_step']:.3f}"
         slots = f"{row['slots']} ({row['text_slots']} + {row['image_slots']})"
-        mib = f"{row['kv_bytes'] / 2**20:.1f}"
-        cells = [
-            row["shape"],
-            row["cache"],
-            "yes" if row["fold"] else "no",
-            slots,
-            mib,
-            f"{row['ms_per_step']:.2f}",
-            ratio,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        mib, ms = f"{row['kv_bytes'] / 2**20:.1f}", f"{row['ms_per_step']:.2f}"
+        lines.append(f"| {' | '.join([row['shape'], row['cache'], fold, slots, mib, ms, ratio])} |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,7 +40,7 @@ class Prompts:
 
     def first(self, count: int) -> "Prompts":
         """The first `count` of them."""
-        return Prompts(self.name, self.source, self.texts[:count], self.image_ids[:count], self.skipped)
+        return replace(self, texts=self.texts[:count], image_ids=self.image_ids[:count])
 
     def notes(self, wanted: int | None = None) -> list[str]:
         """What a user should know about them: lines skipped, prompts that are empty, fewer than were wanted."""
@@ -131,16 +131,16 @@ def _lines(text: str, path: Path | None = None) -> list[_Row]:
 
 
 def _jsonl(text: str, path: Path) -> Iterator[_Row]:
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+    for at, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         if not line.strip():
             yield None
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise OptionError(f"{path}, line {number}: not JSON: {error}") from error
+            raise OptionError(f"{path}, line {at}: not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise OptionError(f'{path}, line {number}: expected {{"text": "a prompt", ...}}, not {line[:80]}')
+            raise OptionError(f'{path}, line {at}: expected {{"text": "a prompt", ...}}, not {line[:80]}')
         yield row["text"], row.get("image_id")
 
 

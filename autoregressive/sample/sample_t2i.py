@@ -12,7 +12,7 @@ from autoregressive.sample.job import guarded  # noqa: E402
 from autoregressive.sample.options import Options, parse_options  # noqa: E402
 from autoregressive.sample.prompts import read_prompts, require_text, tell  # noqa: E402
 from autoregressive.sample.sampler import Blueprint  # noqa: E402
-from autoregressive.sample.text import TextConditions, told_losses  # noqa: E402
+from autoregressive.sample.text import TextConditions, told_left_out  # noqa: E402
 
 DESCRIPTION = """\
 Sample one image for each prompt into a captioned grid, and say what it cost. With --compare, the same images (same
@@ -25,22 +25,20 @@ examples:
     python autoregressive/sample/sample_t2i.py --config configs/demo_t2i.yaml --cache-budget 512 \\
         --prompt "twemoji: red apple" --prompt "a blue car in noto style"
   LlamaGen's released models with the paper's ADSA-512
-    python autoregressive/sample/sample_t2i.py --config configs/t2i_XL_stage2_512_adsa512.yaml \\
-        --prompt "A blue Porsche 356 parked in front of a yellow brick wall." """
+    python autoregressive/sample/sample_t2i.py --config configs/t2i_XL_stage2_512_adsa512.yaml --output car.png \\
+        --prompt "A blue Porsche 356 parked in front of a yellow brick wall." --compare full adsa-512"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these arguments; None: the process's own."""
-    options = parse_options(
-        Options.text_to_image(), argv, script="grid", description=DESCRIPTION, examples=EXAMPLES.rstrip()
-    )
+    options = parse_options(Options.text_to_image(), argv, script="grid", description=DESCRIPTION, examples=EXAMPLES)
     require_text(options)
     prompts = read_prompts(options.text)
     variants, state = start_grid(options)
     blueprint = Blueprint(options.model, state.device)
     conditions = TextConditions(options, prompts, state.device)
     everything = range(len(prompts.texts))
-    tell(prompts.notes() + told_losses(conditions.losses()))
+    tell(prompts.notes() + told_left_out(conditions.left_out()))
     conditions.encode(everything)
     features, masks = conditions(everything)
     sample_grid(variants, blueprint, state.device, prompts.texts, features, masks)

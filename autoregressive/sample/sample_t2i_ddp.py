@@ -12,7 +12,7 @@ from autoregressive.sample.options import OptionError, Options, parse_options  #
 from autoregressive.sample.prompts import read_prompts, require_text, tell  # noqa: E402
 from autoregressive.sample.run_folder import RunFolder, npy_bytes  # noqa: E402
 from autoregressive.sample.sampler import Blueprint, Sampler, image_seeds  # noqa: E402
-from autoregressive.sample.text import TextConditions, told_losses  # noqa: E402
+from autoregressive.sample.text import TextConditions, told_left_out  # noqa: E402
 
 DESCRIPTION = """\
 Fill a run folder with an image for each prompt: PNGs, captions.txt, result.jsonl, samples.npz (arr_0, uint8 NHWC) and
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def encode(images: Sequence[int]) -> None:
         if state.is_main_process:
-            losses = conditions.losses()
-            folder.note(prompts=losses)
-            tell(told_losses(losses))
+            found = conditions.left_out()
+            folder.note(prompts=found)
+            tell(told_left_out(found))
         conditions.encode(images, show=state.is_main_process)
 
     record = run_job(

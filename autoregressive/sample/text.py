@@ -55,18 +55,18 @@ class TextConditions:
         self.keep_encoder = text.keep_encoder
         self.cache = FeatureCache(text.feature_dir, self.encoder)
 
-    def losses(self) -> dict[str, Any]:
-        """What of the prompts is lost: those cut, having too many tokens, and those of which cleaning leaves nothing.
+    def left_out(self) -> dict[str, Any]:
+        """Prompts that are cut, having too many tokens, and those of which cleaning leaves nothing.
 
         Returns:
-            Numbers of prompts, and the first ten of either by their index; of one that is cut, also what is left out.
+            How many of either, and the first ten by their index; of one that is cut, also what is left out.
         """
         cut, emptied = [], []
         for index in _bar(range(len(self.prompts.texts)), "checking prompts"):
             text = self.prompts.texts[index]
-            (left_out,) = self.encoder.cut([text])
-            if left_out is not None:
-                cut.append({"index": index, "left_out": left_out})
+            (rest,) = self.encoder.cut([text])
+            if rest is not None:
+                cut.append({"index": index, "left_out": rest})
             elif text and not any(self.encoder.prepare([text])):
                 emptied.append(index)
         return {
@@ -87,15 +87,15 @@ class TextConditions:
         return self.cache.features_of([self.prompts.texts[index] for index in images])
 
 
-def told_losses(losses: dict[str, Any]) -> list[str]:
-    """What :meth:`TextConditions.losses` found, as notes for the user."""
+def told_left_out(found: dict[str, Any]) -> list[str]:
+    """What :meth:`TextConditions.left_out` found, as notes for the user."""
     told = []
-    if cut := losses["cut"]["count"]:
-        shown = [f"index {item['index']} before {item['left_out'][:60]!r}" for item in losses["cut"]["first"]]
-        told.append(f"{number(cut, 'prompt')} cut to {losses['max_length']} tokens: {few(shown, '; ')}")
-    if emptied := losses["emptied"]["count"]:
+    if cut := found["cut"]["count"]:
+        shown = [f"index {item['index']} before {item['left_out'][:60]!r}" for item in found["cut"]["first"]]
+        told.append(f"{number(cut, 'prompt')} cut to {found['max_length']} tokens: {few(shown, '; ')}")
+    if emptied := found["emptied"]["count"]:
         told.append(
-            f"{number(emptied, 'prompt')} of which cleaning leaves nothing (index {few(losses['emptied']['first'])}); "
+            f"{number(emptied, 'prompt')} of which cleaning leaves nothing (index {few(found['emptied']['first'])}); "
             f"--no-clean-prompts takes prompts as they are"
         )
     return told

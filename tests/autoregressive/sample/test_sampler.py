@@ -46,6 +46,17 @@ def test_released_files_get_llamagens_defaults(tiny, tmp_path):
         Sampler(blueprint, options, CPU)
 
 
+def test_released_text_models_get_llamagens_defaults(tiny, tmp_path):
+    torch.save({"model": read_state_dict(tiny / "gpt_t2i.safetensors")}, tmp_path / "gpt.pt")
+    options = model_options(tiny, gpt_ckpt=str(tmp_path / "gpt.pt"), gpt_type="t2i", vq_model="VQ-16")
+    blueprint = Blueprint(options, CPU)
+    assert (options.gpt_model, options.image_size, options.cls_token_num, options.caption_dim) == (
+        ("GPT-XL", 512, 120, 2048)
+    )
+    assert blueprint.gpt.cls_embedding.uncond_embedding.shape == (120, 2048)
+    assert blueprint.tokens == 1024
+
+
 @pytest.mark.parametrize(
     "given, error, told",
     [

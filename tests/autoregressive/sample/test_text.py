@@ -6,7 +6,7 @@ import torch
 from autoregressive.sample.options import ModelOptions, OptionError, Options, TextOptions
 from autoregressive.sample.prompts import read_prompts
 from autoregressive.sample.sampler import Blueprint, Sampler
-from autoregressive.sample.text import TextConditions, told_losses
+from autoregressive.sample.text import TextConditions, told_left_out
 
 CPU = torch.device("cpu")
 LONG = "one two three four five six seven eight"
@@ -51,19 +51,19 @@ def test_encoder_leaves_before_sampling(conditions, keep, monkeypatch):
         made([1])
 
 
-def test_losses_are_told(conditions):
+def test_what_is_left_out_is_told(conditions):
     made = conditions("a cat", *[LONG] * 12, "红苹果", "")
-    losses = made.losses()
-    assert (losses["max_length"], losses["cut"]["count"], len(losses["cut"]["first"])) == (8, 12, 10)
-    assert losses["cut"]["first"][0] == {"index": 1, "left_out": "seven eight"}
-    assert losses["emptied"] == {"count": 1, "first": [13]}
-    cut, emptied = told_losses(losses)
+    found = made.left_out()
+    assert (found["max_length"], found["cut"]["count"], len(found["cut"]["first"])) == (8, 12, 10)
+    assert found["cut"]["first"][0] == {"index": 1, "left_out": "seven eight"}
+    assert found["emptied"] == {"count": 1, "first": [13]}
+    cut, emptied = told_left_out(found)
     before = "before 'seven eight'"
     assert cut == f"12 prompts cut to 8 tokens: index 1 {before}; index 2 {before}; index 3 {before}; ..."
     assert emptied.startswith("1 prompt of which cleaning leaves nothing (index 13)")
-    raw = conditions("红苹果", clean=False).losses()
+    raw = conditions("红苹果", clean=False).left_out()
     assert (raw["cut"]["count"], raw["emptied"]["count"]) == (0, 0)
-    assert told_losses(raw) == []
+    assert told_left_out(raw) == []
 
 
 def test_what_does_not_fit_is_refused(conditions, tmp_path):
