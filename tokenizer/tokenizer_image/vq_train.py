@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+import torch._functorch.config
 from accelerate.utils import broadcast
 from PIL import Image
 from torch import Tensor
@@ -210,6 +211,8 @@ def train(args: argparse.Namespace) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     if gan:
         discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
+    if args.compile and args.disc_adaptive_weight:
+        torch._functorch.config.donated_buffer = False  # its gradients go through the compiled graph more than once
     forward = torch.compile(model) if args.compile else model
     raw.train()
     if args.freeze_encoder:
