@@ -13,6 +13,7 @@ from bs4.exceptions import ParserRejectedMarkup
 # A caption that is only a file name or an address is no mistake here.
 warnings.filterwarnings("ignore", category=MarkupResemblesLocatorWarning)
 
+_DOMAIN = r"[a-z0-9.-]+\.(com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 _SUFFIXES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 _DASHES = (
     r"\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40"
@@ -28,8 +29,9 @@ def _rules(*rules: tuple[str, str]) -> _Rules:
 
 _ADDRESSES = _rules(
     (r"<person>", "person"),
-    (r"\bhttps?:(/{1,3}|[a-z\d%])", ""),  # what follows is left, unless the next rule takes it
-    (r"\b[a-z\d.-]+\.(com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)", ""),
+    # Twice: where one address is taken away, another may come forth.
+    (rf"\b(https?:(/{{1,3}}|[a-z0-9%])|{_DOMAIN})", ""),
+    (rf"\b(www:(/{{1,3}}|[a-z0-9%])|{_DOMAIN})", ""),
 )
 _SYMBOLS = _rules(
     (r"@\w+\b", ""),

@@ -13,6 +13,8 @@ RULES = {
     "person": ("<person> on a horse", "person on a horse"),
     "address": ("a cat https://example.com/cats/1 here", "a cat here"),
     "address without scheme": ("see www.example.org now", "see now"),
+    "address that another hid": ("see one.http://org now", "see now"),
+    "www with a colon": ("see www:///x now", "see x now"),
     "HTML": ("a <b>red</b> apple<br>", "a red apple"),
     "HTML that can't be parsed": ("<![x a cat", "<! x a cat"),
     "nickname": ("@anna with a cat", "with a cat"),
