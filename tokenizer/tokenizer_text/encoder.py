@@ -9,7 +9,6 @@ want "flan-t5-xl". Weights are read when the first prompt is encoded.
 """
 
 import difflib
-import hashlib
 import importlib.util
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenizer.files import fingerprint as file_fingerprint
 from tokenizer.tokenizer_text.cleaning import clean_caption
 
 # Where the Hugging Face hub has them; DeepFloyd's xxl is Google's without the decoder, which is half of the download.
@@ -163,7 +163,7 @@ class TextEncoder:
     def _hashes(self) -> dict[str, str]:
         names = ("config.json", *_TOKENIZERS, "tokenizer_config.json")
         paths = [self.folder / name for name in names if (self.folder / name).is_file()]
-        return {path.name: _block_hash(path) for path in paths + _weight_files(self.folder)}
+        return {path.name: file_fingerprint(path)["sha256_of_blocks"] for path in paths + _weight_files(self.folder)}
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -286,17 +286,6 @@ def _problem(folder: Path) -> str | None:
 
 def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-
-
-def _block_hash(path: Path) -> str:
-    """SHA-256 of a file's size and of up to 64 blocks of 1 MiB, evenly spread: quick, however large the file is."""
-    size, block = path.stat().st_size, 1 << 20
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for index in range(min(64, -(-size // block))):
-            file.seek(index * block if size <= 64 * block else index * (size - block) // 63)
-            digest.update(file.read(block))
-    return digest.hexdigest()
 
 
 def _unusable(name: str, problem: str) -> TextEncoderError:
