@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from autoregressive.train.text_features import SHARD, read_captions, shard_files, texts_of
 from autoregressive.train.training import TrainingError, join_processes
-from tokenizer.files import atomic_file
+from tokenizer.files import atomic_file, remove_partial
 from tokenizer.tokenizer_text.encoder import TEXT_ENCODERS, TextEncoderError, load_text_encoder
 
 PRECISIONS = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,14 +48,52 @@ def _save_json(path: Path, content: dict) -> None:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
-@torch.no_grad()
+def start_job(folder: Path, job: dict, captions_file: Path) -> None:
+    """Write job.json and captions.jsonl, or make sure that the folder is of this job. Raises TrainingError if not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partial(folder)
+    copy, path = folder / "captions.jsonl", folder / "job.json"
+    if not path.exists():
+        with atomic_file(copy) as file:
+            file.write(captions_file.read_bytes())
+        _save_json(path, job)
+        return
+    there = json.loads(path.read_text())
+    differ = [key for key in {**there, **job} if there.get(key) != job.get(key)]
+    told = [f"{key} was {there.get(key)} and is {job.get(key)}" for key in differ if key != "files"]
+    if "files" in differ:
+        told.append("the files of the encoder are others")
+    if read_captions(copy) != read_captions(captions_file):
+        told.append("the captions are others")
+    if told:
+        raise TrainingError(
+            f"{folder} holds features of another job: {'; '.join(told)}. Give it the same to go on, or choose another "
+            "--text-path"
+        )
+
+
+def finish_job(folder: Path, job: dict, images: int, texts: int) -> None:
+    """Write meta.json, once all shards are there."""
+    lengths = np.concatenate([np.load(shard_files(folder, shard)[1]) for shard in range(-(-texts // SHARD))])
+    meta = {
+        "text_encoder": job,
+        "max_length": job["max_length"],
+        "caption_dim": np.load(shard_files(folder, 0)[0], mmap_mode="r").shape[1],
+        "images": images,
+        "texts": texts,
+        "mean_length": round(float(lengths.mean()), 2),
+        "at_max_length": int((lengths >= job["max_length"]).sum()),
+    }
+    _save_json(folder / "meta.json", meta)
+    length = f"{meta['mean_length']} tokens of {meta['caption_dim']} on average"
+    print(f"{folder}: {texts} texts of {images} images, {length}")
+
+
 def extract(args: argparse.Namespace) -> None:
     """Fill the feature folder; see the module's docstring."""
     accelerator = join_processes()
-    rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    folder = args.text_path
-    captions = read_captions(args.captions)
-    texts = texts_of(captions)
+    main_process, folder = accelerator.is_main_process, args.text_path
+    read_captions(args.captions)  # mistakes in it are told before anything is loaded
     encoder = load_text_encoder(
         args.text_encoder,
         args.text_encoder_path,
@@ -65,29 +103,23 @@ def extract(args: argparse.Namespace) -> None:
     )
     job = encoder.fingerprint()
     if main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "job.json").exists():
-            earlier = json.loads((folder / "job.json").read_text())
-            if earlier != job or read_captions(folder / "captions.jsonl") != captions:
-                raise TrainingError(
-                    f"{folder} was made from other captions, or by another encoder or flags ({earlier}): delete it, or "
-                    "choose another --text-path"
-                )
-        else:
-            with atomic_file(folder / "captions.jsonl") as file:
-                file.write(args.captions.read_bytes())
-            _save_json(folder / "job.json", job)
+        start_job(folder, job, args.captions)
     accelerator.wait_for_everyone()
     if (folder / "meta.json").exists():
         accelerator.print(f"{folder} is complete (it has meta.json): nothing to do")
         return
 
-    shards = range(rank, -(-len(texts) // SHARD), world)
-    bar = tqdm(total=len(texts) // world, unit="text", disable=None if main_process else True, desc="extract text")
-    for shard in shards:
-        features_file, lengths_file = shard_files(folder, shard)
-        part = texts[shard * SHARD : (shard + 1) * SHARD]
-        if not features_file.exists():
+    captions = read_captions(folder / "captions.jsonl")  # the shards are of its order, whatever --captions' is by now
+    texts = texts_of(captions)
+    parts = [texts[start : start + SHARD] for start in range(0, len(texts), SHARD)]
+    mine = list(enumerate(parts))[accelerator.process_index :: accelerator.num_processes]
+    total = sum(len(part) for _, part in mine)
+    with tqdm(total=total, unit="text", disable=None if main_process else True, desc="extract text") as bar:
+        for shard, part in mine:
+            features_file, lengths_file = shard_files(folder, shard)
+            if features_file.exists():
+                bar.update(len(part))
+                continue
             rows = []
             for text in encoder.prepare(part):
                 rows.append(encoder.rows(text).to("cpu", torch.float16).numpy())
@@ -96,31 +128,15 @@ def extract(args: argparse.Namespace) -> None:
                 bar.update()
             _save(lengths_file, np.array([len(r) for r in rows], np.int32))
             _save(features_file, np.concatenate(rows))
-        else:
-            bar.update(len(part))
-    bar.close()
     accelerator.wait_for_everyone()
-    if not main_process:
-        return
-    lengths = np.concatenate([np.load(shard_files(folder, s)[1]) for s in range(-(-len(texts) // SHARD))])
-    dim = np.load(shard_files(folder, 0)[0], mmap_mode="r").shape[1]
-    meta = {
-        "text_encoder": job,
-        "max_length": args.max_length,
-        "caption_dim": dim,
-        "images": len(captions),
-        "texts": len(texts),
-        "mean_length": round(float(lengths.mean()), 2),
-        "at_max_length": int((lengths >= args.max_length).sum()),
-    }
-    _save_json(folder / "meta.json", meta)
-    print(f"{folder}: {len(texts)} texts of {len(captions)} images, {meta['mean_length']} tokens of {dim} on average")
+    if main_process:
+        finish_job(folder, job, len(captions), len(texts))
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
         extract(parse_args(argv))
-    except (TrainingError, TextEncoderError) as error:
+    except (TrainingError, TextEncoderError, OSError) as error:
         sys.exit(f"extract_text_features: {error}")
 
 

@@ -29,7 +29,7 @@ def read_captions(path: Path) -> dict[str, list[str]]:
     """Captions by image. Raises TrainingError, naming file and line, for what isn't a captions file."""
     found: dict[str, list[str]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # in a caption there may be other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"{path}: no readable captions file ({error})") from error
     for number, line in enumerate(lines, 1):

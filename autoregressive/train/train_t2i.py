@@ -115,7 +115,8 @@ def load_shared(model: Transformer, path: Path) -> list[str]:
         load_model(model, path)
         return []
     with torch.device("meta"):
-        donor = Transformer(replace(model.config, model_type="c2i", cls_token_num=1, num_classes=len(table) - 1))
+        classes = {"num_classes": len(table), "class_dropout_prob": 0}  # with a null class or without: as many rows
+        donor = Transformer(replace(model.config, model_type="c2i", cls_token_num=1, **classes))
     taken = load_model(donor, path).state_dict()
     fresh = [name for name in model.state_dict() if name not in taken]
     model.load_state_dict({name: taken.get(name, tensor) for name, tensor in model.state_dict().items()})

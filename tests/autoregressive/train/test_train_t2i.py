@@ -1,11 +1,7 @@
 """From captions to a trained text model, on tiny data: codes and features by file, then what train_c2i's tests ask."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +15,6 @@ from tests.autoregressive.train.conftest import TINY_GPT
 from tests.autoregressive.train.test_trainers import COMMON, assert_same_checkpoint, interrupted, log_of
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
-ROOT = Path(__file__).parents[3]
 COLORS = ("red", "green", "blue")
 
 
@@ -143,14 +138,18 @@ def test_an_interrupted_extraction_goes_on(captions, codes, text, encoders, tmp_
     with pytest.raises(SystemExit, match=r"has no meta\.json"):
         train_t2i.main(t2i_flags(codes, tmp_path / "broken", tmp_path / "run"))
     monkeypatch.setattr(FakeEncoder, "rows", rows)
+    captions.write_text("".join(reversed(captions.read_text().splitlines(keepends=True))))  # does no harm
     extract_text_features.main(flags)
     assert len(encoders[-1].texts) == 8  # of 12: the first four were there
     broken = text_features.TextFeatures(tmp_path / "broken")
     assert len(broken.shards) == 3
     for caption, rows in expected.items():
         assert np.array_equal(broken[caption], rows)
-    with pytest.raises(SystemExit, match="by another encoder or flags"):
+    with pytest.raises(SystemExit, match=r"another job: max_length was 6 and is 5\. Give it the same"):
         extract_text_features.main([*flags, "--max-length", "5"])
+    captions.write_text(captions.read_text().replace("red", "rosy"))
+    with pytest.raises(SystemExit, match=r"another job: the captions are others\."):
+        extract_text_features.main(flags)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +168,13 @@ def test_what_is_no_captions_file(tmp_path, line, message):
     path.write_text('{"image": "b.png", "captions": ["a cat"]}\n' + line + "\n")
     with pytest.raises(SystemExit, match=re.escape(message)):
         extract_text_features.main(["--captions", str(path), "--text-path", str(tmp_path / "text")])
+
+
+def test_lines_of_a_captions_file(tmp_path):
+    """Their ends are a newline's alone: captions may hold others."""
+    path = tmp_path / "captions.jsonl"
+    path.write_bytes('\ufeff{"image": "./a.png", "captions": ["a\u2028cat\x85"]}\r\n\n'.encode())
+    assert text_features.read_captions(path) == {"a.png": ["a\u2028cat\x85"]}
 
 
 def test_mask():
@@ -257,6 +263,7 @@ def test_a_class_model_gives_all_but_its_classes(images, codes, text, vq_ckpt, t
     assert set(train_t2i.load_shared(model, ckpt)) == own
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name] if name in own else taken[name]), name
+    assert set(train_t2i.load_shared(fresh_model(class_dropout_prob=0), ckpt)) == own
     with pytest.raises(CheckpointError, match="doesn't fit"):
         train_t2i.load_shared(fresh_model(n_layer=3), ckpt)
 
@@ -270,30 +277,13 @@ def test_a_class_model_gives_all_but_its_classes(images, codes, text, vq_ckpt, t
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in other.state_dict().items())
 
 
-STARTER = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from autoregressive.models import gpt
-from autoregressive.train import train_t2i
-
-gpt.GPT_models["GPT-Tiny"] = lambda **kwargs: gpt.Transformer(gpt.ModelArgs(**kwargs, **TINY_GPT))
-train_t2i.main(json.loads(sys.argv[2]))
-"""
-
-
-def test_two_processes_make_the_same_steps_as_one(codes, text, tmp_path):
+def test_two_processes_make_the_same_steps_as_one(codes, text, tmp_path, two_processes):
     def flags(name):
         plain = ["--dropout-p", "0", "--token-dropout-p", "0", "--class-dropout-prob", "0", "--max-steps", "3"]
         return t2i_flags(codes, text, tmp_path / name, *plain, "--eval-every", "1")
 
     train_t2i.main(flags("one"))
-    starter = tmp_path / "start.py"
-    starter.write_text(f"TINY_GPT = {TINY_GPT!r}\n{STARTER}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(starter)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += [str(ROOT), json.dumps(flags("two"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes("autoregressive.train.train_t2i", flags("two"))
     one, two = (
         torch.load(tmp_path / run / "checkpoints" / "0000003.pt", weights_only=True)["model"] for run in ("one", "two")
     )
@@ -307,6 +297,8 @@ def test_what_cannot_start_says_why(images, captions, codes, text, vq_ckpt, tmp_
     flags = t2i_flags(codes, text, tmp_path / "run")
     (images / "some.jsonl").write_text("".join(captions.read_text().splitlines(keepends=True)[:4]))
     extract_text_features.main(["--captions", str(images / "some.jsonl"), "--text-path", str(tmp_path / "some")])
+    with pytest.raises(SystemExit, match=r"extract_text_features: .*captions\.jsonl"):
+        extract_text_features.main(["--captions", str(captions), "--text-path", str(captions / "inside")])
     cases = [
         ([*flags, "--text-path", str(tmp_path / "absent")], "has no meta.json"),
         ([*flags, "--text-path", str(tmp_path / "some")], "has no captions for 5 images"),
