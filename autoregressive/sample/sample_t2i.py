@@ -23,7 +23,7 @@ examples:
     python autoregressive/sample/sample_t2i.py --config configs/demo_t2i.yaml
   your prompts, by one cache; from a file or a pipe by --prompts FILE and --prompts -
     python autoregressive/sample/sample_t2i.py --config configs/demo_t2i.yaml --cache-budget 512 \\
-        --prompt "twemoji: red apple" --prompt "a blue car in noto style"
+        --prompt "twemoji: red apple" --prompt "a green apple in noto style"
   LlamaGen's released models with the paper's ADSA-512
     python autoregressive/sample/sample_t2i.py --config configs/t2i_XL_stage2_512_adsa512.yaml --output car.png \\
         --prompt "A blue Porsche 356 parked in front of a yellow brick wall." --compare full adsa-512"""
