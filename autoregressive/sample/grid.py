@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autoregressive.sample.job import start_processes
 from autoregressive.sample.options import OptionError, Options
+from autoregressive.sample.prompts import number
 from autoregressive.sample.sampler import Blueprint, Sampler, cache_title, image_seeds
 from tokenizer.tokenizer_image.images import image_grid, save_image_atomic
 
@@ -57,7 +58,7 @@ def sample_grid(
     count, size = len(captions), options.model.image_size
     seeds = torch.from_numpy(image_seeds(options.run.seed, count))
     columns = min(count, options.run.columns or max(4, math.isqrt(count)))
-    print(f"{count} images of {size} px, {blueprint.tokens} tokens each, on {device}")
+    print(f"{number(count, 'image')} of {size} px, {blueprint.tokens} tokens each, on {device}")
     sampler = Sampler(blueprint, options, device)
     panels, rows = [], []
     for variant in variants:

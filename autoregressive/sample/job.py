@@ -323,7 +323,8 @@ def guarded(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except (OptionError, CheckpointError, TextEncoderError, RunError, OSError, torch.OutOfMemoryError) as error:
-        advice = "; a smaller --per-proc-batch-size needs less" if isinstance(error, torch.OutOfMemoryError) else ""
+        memory = isinstance(error, torch.OutOfMemoryError)
+        advice = "; fewer images at a time need less (in a job: --per-proc-batch-size)" if memory else ""
         print(f"{'' if rank is None else f'[process {rank}] '}error: {error}{advice}", file=sys.stderr)
         code = 1
     except SystemExit as stop:

@@ -501,6 +501,32 @@ def parse_options(
         script: "grid" or "job": whose flags to offer.
         description, examples: for the help.
     """
+    parser, known = _parser(defaults, script, description, examples)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        parser.error(f"unknown argument {unknown[0]!r}{near(name, known)}")
+    given = vars(given)
+    config = given.pop("config")
+    try:
+        values = read_config(config, defaults) if config else {}
+        _forget_overridden(values, given)
+        for name, value in given.items():
+            section, key = name.split(".")
+            _, optional = _kind(type(getattr(defaults, section)), defaults.rows()[section][key])
+            value = None if value == ["none"] and optional else value
+            values.setdefault(section, {})[key] = value
+        for name, section in values.items():
+            for key, value in section.items():
+                setattr(getattr(defaults, name), key, value)
+        defaults.check()
+    except OptionError as error:
+        parser.error(str(error))
+    return defaults
+
+
+def _parser(defaults: Options, script: str, description: str, examples: str) -> tuple[_Parser, list[str]]:
+    """The parser of a script's flags, and all of these."""
     parser = _Parser(
         usage="%(prog)s [--config FILE.yaml] [flags]",
         description=description,
@@ -538,36 +564,22 @@ def parse_options(
                 several = {"nargs": "+", "action": "extend"} if kind is list else {}
                 group.add_argument(*flags, type=convert, metavar=metavar, **several, **settings)
             known += flags
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        parser.error(f"unknown argument {unknown[0]!r}{near(name, known)}")
-    given = vars(given)
-    try:
-        values = read_config(given["config"], defaults) if given.get("config") else {}
-        given.pop("config", None)
-        if (
-            given.get("cache.policy") == "full"
-        ):  # a flag that asks for the dense cache needs no budget that the file gave
-            for key in ("budget", "prefix", "local"):
-                values.get("cache", {}).pop(key, None)
-        if given.keys() & {"cache.policy", "cache.budget"}:  # flags that ask for one cache, against a file's several
-            values.get("run", {}).pop("compare", None)
-        if given.keys() & {"text.prompts", "text.prompt_file"}:  # flags that name prompts, against a file's
-            for key in ("prompts", "prompt_file"):
-                values.get("text", {}).pop(key, None)
-        for name, value in given.items():
-            section, key = name.split(".")
-            _, optional = _kind(type(getattr(defaults, section)), defaults.rows()[section][key])
-            value = None if value == ["none"] and optional else value
-            values.setdefault(section, {})[key] = value
-        for name, section in values.items():
-            for key, value in section.items():
-                setattr(getattr(defaults, name), key, value)
-        defaults.check()
-    except OptionError as error:
-        parser.error(str(error))
-    return defaults
+    return parser, known
+
+
+def _forget_overridden(values: dict[str, dict[str, Any]], given: dict[str, Any]) -> None:
+    """Take out of a file's values what the flags given put an end to, besides the keys that they name."""
+
+    def forget(section: str, *keys: str) -> None:
+        for key in keys:
+            values.get(section, {}).pop(key, None)
+
+    if given.get("cache.policy") == "full":  # the dense cache needs no budget
+        forget("cache", "budget", "prefix", "local")
+    if given.keys() & {"cache.policy", "cache.budget"}:  # one cache is asked for, and not several
+        forget("run", "compare")
+    if given.keys() & {"text.prompts", "text.prompt_file"}:
+        forget("text", "prompts", "prompt_file")
 
 
 def default_text(value: Any) -> str:
