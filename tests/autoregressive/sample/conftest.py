@@ -70,21 +70,13 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def start(
-    script: str, *arguments: str, processes: int = 1, limit: str = "", stdin: str | None = None
-) -> subprocess.Popen:
-    """Start a script of autoregressive/sample in a folder that is not the project's.
-
-    Args:
-        limit: shell command to run before, such as `ulimit -f 8`.
-        stdin: what the script can read there.
-    """
+def start(script: str, *arguments: str, processes: int = 1, stdin: str | None = None) -> subprocess.Popen:
+    """Start a script of autoregressive/sample, which can read `stdin`, in a folder that is not the project's."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(ROOT / "autoregressive" / "sample" / script), *arguments]
     job = subprocess.Popen(
-        ["bash", "-c", f'{limit or ":"}; exec "$@"', "bash", *command],
+        [*command, str(ROOT / "autoregressive" / "sample" / script), *arguments],
         cwd="/",
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
