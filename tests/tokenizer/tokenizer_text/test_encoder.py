@@ -252,6 +252,7 @@ def test_hub(t5, t5_folder, tmp_path, monkeypatch):
     """What was fetched from the hub earlier is used as it is; what wasn't is an error without a network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("tokenizer.tokenizer_text.encoder.DOWNLOADS", tmp_path / "downloads")
     repository = tmp_path / "models--google--flan-t5-xl"
     shutil.copytree(t5_folder, repository / "snapshots" / "0123abc")
     (repository / "refs").mkdir()
@@ -268,3 +269,6 @@ def test_hub(t5, t5_folder, tmp_path, monkeypatch):
         TextEncoderError, match=r"DeepFloyd/t5-v1_1-xxl can't be fetched.*give that as the path.*minilm"
     ):
         load_text_encoder("t5-v1_1-xxl")
+
+    shutil.copytree(t5_folder, tmp_path / "downloads" / "flan-t5-xl")
+    assert load_text_encoder("flan-t5-xl").folder == tmp_path / "downloads" / "flan-t5-xl", "before any other"
