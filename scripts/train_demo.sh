@@ -3,7 +3,7 @@
 #
 #     bash scripts/train_demo.sh [RUNS [OUT]]      default: runs/demo and runs/demo/export
 #
-# OUT is then complete: vq.safetensors, gpt_c2i.safetensors and classes.json. About four hours on two CPU cores (AVX-512, no
+# OUT is then complete: vq.safetensors, gpt_c2i.safetensors and classes.json. About six hours on two CPU cores (AVX-512, no
 # GPU). Started again, it goes on where it was; with other flags it needs another RUNS folder. The data set, made if it
 # isn't there, needs npm and Noto Color Emoji, see build_emoji_dataset.sh.
 # Variables: DATA (default data/emoji); VQ_STEPS, STAGE1_STEPS and STAGE2_STEPS for shorter or longer runs.
@@ -51,7 +51,8 @@ bash scripts/train_c2i.sh --code-path "$runs/codes96/train" --val-code-path "$ru
     --sample-every 300 --results-dir "$runs/stage1"
 "$PYTHON" autoregressive/train/export.py --run "$runs/stage1" --out "$runs/stage1.safetensors" --dtype fp32
 bash scripts/train_c2i.sh --code-path "$runs/codes192/train" --val-code-path "$runs/codes192/val" "${common[@]}" \
-    --global-batch-size 16 --ema-decay 0.98 --max-steps "${STAGE2_STEPS:-1600}" --lr-schedule cosine --lr-min 1e-5 \
-    --init-from "$runs/stage1.safetensors" --eval-every 200 --ckpt-every 50 --sample-every 200 --results-dir "$runs/stage2"
+    --global-batch-size 16 --ema-decay 0.98 --max-steps "${STAGE2_STEPS:-3000}" --lr-schedule cosine --lr-min 1e-5 \
+    --token-noise 0.3 --init-from "$runs/stage1.safetensors" --eval-every 200 --ckpt-every 50 \
+    --sample-every 200 --results-dir "$runs/stage2"
 "$PYTHON" autoregressive/train/export.py --run "$runs/stage2" --out "$out/gpt_c2i.safetensors" \
     --class-pattern '[0-9]+_(.+)_twemoji'
