@@ -92,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--sample-images",
         type=int,
         default=32,
-        help="of a sample grid: half of training, then half of held-out captions",
+        help="of a sample grid: half of training, then half of held-out captions, at least one each",
     )
     add_gpt_flags(parser)
     args = parser.parse_args(argv)
@@ -138,7 +138,7 @@ def examples(args: argparse.Namespace, datasets: list[CaptionDataset]) -> list[E
     """First captions of images spread evenly over each data set."""
     found = []
     for data in datasets:
-        count = min(args.sample_images // len(datasets), len(data))
+        count = min(max(1, args.sample_images // len(datasets)), len(data))
         for i in np.linspace(0, len(data) - 1, count).astype(int):
             found.append((data.caption(i), data.condition(i)))
     return found

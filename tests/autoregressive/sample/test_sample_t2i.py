@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,12 @@ def test_refused_before_sampling(text_models, tiny, tmp_path, flags, error, told
     with pytest.raises(error, match=told):
         sample_t2i.main([*text_models, "--output", str(tmp_path / "grid.png"), *flags])
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_a_grid_is_for_one_process(text_models, tmp_path, monkeypatch):
+    monkeypatch.setattr("autoregressive.sample.grid.start_processes", lambda cpu: SimpleNamespace(num_processes=2))
+    with pytest.raises(OptionError, match="a grid is for one process; the script of this name with _ddp"):
+        sample_t2i.main([*text_models, "--prompt", "x", "--output", str(tmp_path / "grid.png")])
 
 
 def test_errors_are_one_line(text_models, capsys):

@@ -137,6 +137,16 @@ def test_fewer_than_there_are(text_models, prompts, unbroken, tmp_path, capsys):
     assert runs["-1"] == runs["36"] != runs["2"]
 
 
+def test_prompts_one_by_one(text_models, tmp_path, capsys):
+    """Nobody needs to be told how many these are."""
+    flags = ["--prompt", "a dog", "--prompt", "a cat", "--cfg-scale", "1", "--sample-dir", str(tmp_path)]
+    sample_t2i_ddp.main([*text_models, *flags])
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith("GPT-Demo-gpt_t2i-prompts-size-12-")
+    assert (folder / "captions.txt").read_text() == "a dog\na cat\n"
+    assert "images and not" not in capsys.readouterr().err
+
+
 def test_stdin_is_refused(text_models):
     with pytest.raises(OptionError, match="it can't read stdin: name a file"):
         sample_t2i_ddp.main([*text_models, "--prompts", "-"])

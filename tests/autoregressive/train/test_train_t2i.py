@@ -205,7 +205,7 @@ def test_padding_does_not_count(codes, text):
 
 
 def test_resume_is_exact(codes, text, vq_ckpt, tmp_path, monkeypatch):
-    more = ("--vq-ckpt", str(vq_ckpt), "--sample-images", "4", "--optimizer", "muon")
+    more = ("--vq-ckpt", str(vq_ckpt), "--sample-images", "1", "--optimizer", "muon")
     train_t2i.main(t2i_flags(codes, text, tmp_path / "whole", *more))
     interrupted(train_t2i, t2i_flags(codes, text, tmp_path / "broken", *more), monkeypatch)
     assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
@@ -299,7 +299,10 @@ def test_what_cannot_start_says_why(images, captions, codes, text, vq_ckpt, tmp_
     extract_text_features.main(["--captions", str(images / "some.jsonl"), "--text-path", str(tmp_path / "some")])
     with pytest.raises(SystemExit, match=r"extract_text_features: .*captions\.jsonl"):
         extract_text_features.main(["--captions", str(captions), "--text-path", str(captions / "inside")])
+    shorter = tmp_path / "shorter"
+    extract_text_features.main(["--captions", str(captions), "--text-path", str(shorter), "--max-length", "5"])
     cases = [
+        ([*flags, "--val-text-path", str(shorter)], "are of different text encoders"),
         ([*flags, "--text-path", str(tmp_path / "absent")], "has no meta.json"),
         ([*flags, "--text-path", str(tmp_path / "some")], "has no captions for 5 images"),
         ([*flags, "--cls-token-num", "5"], "--cls-token-num 5 is less than the 6"),
