@@ -137,7 +137,7 @@ class TextOptions:
     )
     max_length: int | None = option(
         None,
-        "tokens that a prompt may have; what is longer is cut. The GPT's cls-token-num, and so by default",
+        "tokens of a prompt; what is longer is cut. Must be the GPT's cls-token-num, which is the default",
         flags=("--text-max-length", "--t5-feature-max-len"),
     )
     left_padding: bool = option(True, "pad short prompts on the left, as the models were trained")
