@@ -10,7 +10,6 @@ into table.md, and everything into table.json, in the folder --output.
 
 import argparse
 import copy
-import json
 import shlex
 import statistics
 import sys
@@ -32,7 +31,7 @@ from autoregressive.sample.grid import compared  # noqa: E402
 from autoregressive.sample.job import device_name, versions  # noqa: E402
 from autoregressive.sample.options import OptionError, Options, RunOptions  # noqa: E402
 from autoregressive.sample.sampler import PRECISIONS, cache_title  # noqa: E402
-from tokenizer.files import atomic_file  # noqa: E402
+from tokenizer.files import atomic_file, write_json  # noqa: E402
 
 TOKENS = 1024
 # What the shipped text model has, and LlamaGen's.
@@ -175,8 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         f"`{command}` on {about['device']}{cores}, torch {torch.__version__}, precision {args.precision}; "
         f"{args.batch_size} guided image(s), the last {args.steps} of {TOKENS} steps, median of {args.repeats}."
     )
-    with atomic_file(args.output / "table.json") as file:
-        file.write((json.dumps(about | {"rows": rows}, indent=2) + "\n").encode())
+    write_json(args.output / "table.json", about | {"rows": rows})
     with atomic_file(args.output / "table.md") as file:
         file.write(f"{table(rows)}\n\n{told}\n".encode())
     print(table(rows))

@@ -1,6 +1,7 @@
 """Files: written so that they are never seen half-written, and told apart by what is in them."""
 
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -42,6 +43,12 @@ def atomic_file(path: str | Path, *, sync: bool = False) -> Iterator[IO[bytes]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON by :func:`atomic_file`."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def remove_partial(folder: Path) -> None:

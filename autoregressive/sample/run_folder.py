@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tokenizer.files import atomic_file, remove_partial
+from tokenizer.files import atomic_file, remove_partial, write_json
 from tokenizer.tokenizer_image.images import save_image_atomic
 
 try:
@@ -232,8 +232,7 @@ class RunFolder:
             self._write_record()
 
     def _write_record(self) -> None:
-        with atomic_file(self.path / "run.json") as file:
-            file.write((json.dumps(self.record, indent=2) + "\n").encode())
+        write_json(self.path / "run.json", self.record)
 
     def close(self) -> None:
         """Let others at the folder."""

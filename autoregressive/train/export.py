@@ -19,7 +19,7 @@ import torch
 
 from autoregressive.models.checkpoint import CheckpointError, save_safetensors
 from autoregressive.train.training import TrainingError, load_latest_checkpoint
-from tokenizer.files import atomic_file
+from tokenizer.files import write_json
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WHOLE = re.compile("(.*)")
@@ -47,8 +47,7 @@ def export(run: Path, out: Path, dtype: torch.dtype, ema: bool = True, pattern: 
     }
     save_safetensors(out, weights, metadata)
     if names:
-        with atomic_file(out.with_name("classes.json")) as file:
-            file.write((json.dumps({"classes": names}, indent=1) + "\n").encode())
+        write_json(out.with_name("classes.json"), {"classes": names})
     return metadata
 
 

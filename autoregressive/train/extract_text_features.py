@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from autoregressive.train.text_features import SHARD, read_captions, shard_files, texts_of
 from autoregressive.train.training import TrainingError, join_processes
-from tokenizer.files import atomic_file, remove_partial
+from tokenizer.files import atomic_file, remove_partial, write_json
 from tokenizer.tokenizer_text.encoder import TEXT_ENCODERS, TextEncoderError, load_text_encoder
 
 PRECISIONS = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,11 +44,6 @@ def _save(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def _save_json(path: Path, content: dict) -> None:
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
-
-
 def start_job(folder: Path, job: dict, captions_file: Path) -> None:
     """Write job.json and captions.jsonl, or make sure that the folder is of this job. Raises TrainingError if not."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +52,7 @@ def start_job(folder: Path, job: dict, captions_file: Path) -> None:
     if not path.exists():
         with atomic_file(copy) as file:
             file.write(captions_file.read_bytes())
-        _save_json(path, job)
+        write_json(path, job)
         return
     there = json.loads(path.read_text())
     differ = [key for key in {**there, **job} if there.get(key) != job.get(key)]
@@ -85,7 +80,7 @@ def finish_job(folder: Path, job: dict, images: int, texts: int) -> None:
         "mean_length": round(float(lengths.mean()), 2),
         "at_max_length": int((lengths >= job["max_length"]).sum()),
     }
-    _save_json(folder / "meta.json", meta)
+    write_json(folder / "meta.json", meta)
     length = f"{meta['mean_length']} tokens of {meta['caption_dim']} on average"
     print(f"{folder}: {texts} texts of {images} images, {length}")
 

@@ -1,11 +1,12 @@
 """Files that appear whole or not at all."""
 
 import errno
+import json
 import os
 
 import pytest
 
-from tokenizer.files import atomic_file, fingerprint, remove_partial
+from tokenizer.files import atomic_file, fingerprint, remove_partial, write_json
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -68,3 +69,14 @@ def test_fingerprint_tells_content_and_not_place(tmp_path):
     (tmp_path / "small").write_bytes(b"abc")
     (tmp_path / "copy").write_bytes(b"abc")
     assert fingerprint(tmp_path / "copy") == {**fingerprint(tmp_path / "small"), "file": "copy"}
+
+
+def test_json(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert path.read_text() == "old"
+    write_json(path, {"b": [1, None], "a": "é"})
+    assert json.loads(path.read_text()) == {"b": [1, None], "a": "é"}
+    assert os.listdir(tmp_path) == ["a.json"]
