@@ -114,17 +114,6 @@ class _Classifier(nn.Module):
         return found
 
 
-class _ImageTower(nn.Module):
-    """The image half of an open_clip model."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"features": self.model.encode_image(x)}
-
-
 def load_extractor(name: str) -> Extractor:
     """The extractor of this name, in float32 on the CPU. Raises EvaluationError if it, or its weights, can't be had."""
     family, _, rest = name.partition("/")
@@ -179,8 +168,8 @@ def _timm(name: str) -> Extractor:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:
         config = None if ":" in name else timm.models.get_pretrained_cfg(name)
-        source = _source(config.hf_hub_id, "model.safetensors", config.url) if config else name
-        raise _missing(f"timm/{name}", source, error) from error
+        source = hub_source(config.hf_hub_id, "model.safetensors", config.url) if config else name
+        raise missing_weights(f"timm/{name}", source, error) from error
     return _from_timm(model)
 
 
@@ -192,47 +181,29 @@ def _from_timm(model: nn.Module) -> Extractor:
 
 
 def _open_clip(name: str) -> Extractor:
-    import open_clip
+    from evaluations.clip import load_clip  # which builds on this module
 
-    tag, config, source = None, {}, name
-    if ":" not in name:
-        name, _, tag = name.partition("/")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if tag not in tags:
-            known = f"the tags of {name} are {', '.join(tags)}" if tags else "open_clip.list_pretrained() names them"
-            raise EvaluationError(f"open_clip has no weights {tag!r} of a model {name!r}; {known}")
-        config = open_clip.get_pretrained_cfg(name, tag)
-        source = _source(config.get("hf_hub"), "open_clip_model.safetensors", config.get("url"))
-    try:
-        model = open_clip.create_model(
-            name,
-            pretrained=tag,
-            force_quick_gelu=bool(config.get("quick_gelu")),  # as the weights were trained, whatever NAME says
-            require_pretrained=True,
-            pretrained_text=False,
-        )
-    except Exception as error:
-        raise _missing(f"open_clip/{name}", source, error) from error
-    config = open_clip.get_model_preprocess_cfg(model)
-    size = config["size"] if isinstance(config["size"], int) else config["size"][0]
-    return Resized(_ImageTower(model), size, config["mean"], config["std"], config["interpolation"])
+    name, _, tag = (name, "", None) if ":" in name else name.partition("/")
+    return load_clip(name, tag, images_only=True).images
 
 
 EXTRACTORS: dict[str, Callable[[], Extractor]] = {INCEPTION: _inception, "efficientnet-lite0": _efficientnet_lite0}
 FAMILIES: dict[str, Callable[[str], Extractor]] = {"timm": _timm, "open_clip": _open_clip}
 
 
-def _source(repository: str | None, file: str, url: str | None) -> str:
+def hub_source(repository: str | None, file: str, url: str | None) -> str:
+    """Where weights come from, for people."""
     if repository:
         return f"https://huggingface.co/{repository.strip('/')}/resolve/main/{file}"
     return url or "anywhere, as none are published"
 
 
-def _missing(name: str, source: str, error: Exception) -> EvaluationError:
+def missing_weights(name: str, source: str, error: Exception, offline: str = OFFLINE) -> EvaluationError:
+    """The error to raise for weights that can't be had; `offline` is what does without a network."""
     return EvaluationError(
         f"the weights of {name} could not be loaded from {source} ({str(error).splitlines()[0]}). They are kept in the "
         f"Hugging Face cache (HF_HOME): fetch them where there is a network and copy it, or name a folder by "
-        f"local-dir:FOLDER. Or {OFFLINE}"
+        f"local-dir:FOLDER. Or {offline}"
     )
 
 

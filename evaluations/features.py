@@ -112,10 +112,13 @@ class FolderImages:
         if not self.files:
             among = "" if classes is None else f" in the folders that match {' '.join(classes)}"
             raise EvaluationError(f"{path}: holds no images{among} ({', '.join(sorted(EXTENSIONS))})")
+        self._identify(path)
+
+    def _identify(self, folder: Path) -> None:
         identity, state = hashlib.sha256(), hashlib.sha256()
         for file in self.files:
             status = file.stat()
-            line = f"{file.relative_to(path).as_posix()}\n{status.st_size}\n".encode()
+            line = f"{Path(os.path.relpath(file, folder)).as_posix()}\n{status.st_size}\n".encode()
             identity.update(line)
             state.update(line + f"{status.st_mtime_ns}\n".encode())
         self.identity, self.state = identity.hexdigest()[:16], state.hexdigest()
@@ -124,7 +127,7 @@ class FolderImages:
         return len(self.files)
 
     def cache(self, name: str) -> Path:
-        selection = "" if self.classes is None else f"-{_slug('+'.join(self.classes))}"
+        selection = "" if self.classes is None else f"-{slug('+'.join(self.classes))}"
         return self.path / f"features-{name}{selection}.npz"
 
     def read(self, index: int) -> np.ndarray:
@@ -233,18 +236,16 @@ def extract(
     Raises:
         EvaluationError: an image that can't be read, or another process that failed.
     """
-    cache = images.cache(_slug(name) + (f"-{image_size}px" if image_size else ""))
+    cache = images.cache(slug(name) + (f"-{image_size}px" if image_size else ""))
     key = json.dumps([FORMAT, name, image_size, images.state])
-    found = _cached(cache, key) if state.is_main_process else None
+    found = kept_features(cache, key) if state.is_main_process else None
     if broadcast_object_list([found is not None])[0]:
         return found
 
-    starts = range(0, len(images), batch_size)
-    mine = [starts[i] for i in np.array_split(np.arange(len(starts)), state.num_processes)[state.process_index]]
-    batches = [list(range(start, min(start + batch_size, len(images)))) for start in mine]
+    batches = own_batches(state, len(images), batch_size)
     with state.local_main_process_first():  # which may have to fetch the weights
         extractor = load().to(state.device)
-    parts = _gathered(state, _run(images, extractor, batches, state, workers, image_size))
+    parts = gathered(state, _run(images, extractor, batches, state, workers, image_size))
     if not state.is_main_process:
         return None
     outputs = [part for part, _ in parts if part]
@@ -330,7 +331,14 @@ def _outputs(extractor: Extractor, pictures: list[np.ndarray], device: torch.dev
     return outputs
 
 
-def _gathered(state: PartialState, mine):
+def own_batches(state: PartialState, count: int, batch_size: int) -> list[list[int]]:
+    """The batches of indices that this process computes; those of all processes, in their order, are 0 to count - 1."""
+    starts = range(0, count, batch_size)
+    mine = [starts[i] for i in np.array_split(np.arange(len(starts)), state.num_processes)[state.process_index]]
+    return [list(range(start, min(start + batch_size, count))) for start in mine]
+
+
+def gathered(state: PartialState, mine):
     """What all processes have, in their order, on the main process; [None, ...] elsewhere."""
     if state.num_processes == 1:
         return [mine]
@@ -342,8 +350,8 @@ def _gathered(state: PartialState, mine):
     return everyone
 
 
-def _cached(path: Path, key: str) -> Features | None:
-    """The features in a file, if they are whole and of this key."""
+def kept_features(path: Path, key: str) -> Features | None:
+    """The features that :func:`write_features` wrote into a file, if they are whole and of this key."""
     try:
         with np.load(path) as file:
             return _features(file) if str(file["key"]) == key else None
@@ -420,7 +428,8 @@ def _is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """A text as part of a file's name."""
     return re.sub(r"[^\w.+]+", "-", text).strip("-")
 
 

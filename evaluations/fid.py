@@ -19,6 +19,7 @@ from accelerate import PartialState  # noqa: E402
 from autoregressive.sample.job import guarded, start_processes  # noqa: E402
 from evaluations.extractors import INCEPTION, EvaluationError, load_extractor  # noqa: E402
 from evaluations.features import Features, ImageSet, extract, open_set  # noqa: E402
+from evaluations.flags import add_work_flags, positive  # noqa: E402
 from evaluations.metrics import compare  # noqa: E402
 from evaluations.table import write_result  # noqa: E402
 
@@ -44,7 +45,7 @@ def evaluate(
     *,
     feature_extractor: str = INCEPTION,
     batch_size: int = 64,
-    num_workers: int | None = None,
+    num_workers: int = 0,
     image_size: int | None = None,
     reference_classes: list[str] | None = None,
     fid_infinity: bool = False,
@@ -58,8 +59,6 @@ def evaluate(
         EvaluationError: the message names the file or value and the way out.
     """
     torch.backends.cudnn.allow_tf32 = False  # features are to be the same on all GPUs
-    if num_workers is None:
-        num_workers = min(4, _cores())
     load = functools.cache(lambda: load_extractor(feature_extractor))
 
     def features(images: ImageSet | Features | None) -> Features | None:
@@ -99,12 +98,6 @@ def evaluate(
     }
 
 
-def _cores() -> int:
-    """The processor's cores for each process on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def summary(result: dict[str, Any]) -> str:
     """The result as a table for people."""
 
@@ -131,18 +124,6 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    def positive(text: str) -> int:
-        value = int(text)
-        if value < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return value
-
-    def count(text: str) -> int:
-        value = int(text)
-        if value < 0:
-            raise argparse.ArgumentTypeError(f"{text} is negative")
-        return value
-
     parser = argparse.ArgumentParser(
         description=__doc__.split(". See")[0] + ".", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -156,8 +137,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"{INCEPTION} (default: the FID network), efficientnet-lite0 (needs no network), timm/NAME or "
         "open_clip/NAME/TAG. Numbers of different extractors do not compare",
     )
-    add("--batch-size", type=positive, default=64, metavar="N", help="images at a time for each process (default: 64)")
-    add("--num-workers", type=count, metavar="N", help="processes that read images for each (default: up to 4)")
     add(
         "--image-size",
         type=positive,
@@ -171,7 +150,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="only these of the folders in a REFERENCE folder (default: all of it)",
     )
     add("--fid-infinity", action="store_true", help="also extrapolate FID to infinitely many samples; slow")
-    add("--cpu", action="store_true", help="use the CPU even where there is a GPU")
+    add_work_flags(parser)
     return parser.parse_args(argv)
 
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ COLUMNS = {
 }
 
 
-def write_result(run: Path, result: dict[str, Any]) -> None:
-    """Put a result of fid.py into a run's metrics.json, in the place of an earlier one of the same kind.
+def write_result(run: Path, result: dict[str, Any], script: str = "fid", same: Iterable[str] = SAME) -> None:
+    """Put a script's result into a run's metrics.json, in the place of an earlier one that agrees in the keys `same`.
 
-    The file is {"fid": [result, ...]}, one result for each extractor, reference and image size, and may hold more.
+    The file is {"fid": [result, ...], "clip_score": [result, ...]}; of fid.py's there is one for each extractor,
+    reference and image size.
 
     Raises:
         EvaluationError: there is a metrics.json that can't be read.
@@ -38,8 +39,8 @@ def write_result(run: Path, result: dict[str, Any]) -> None:
     """
     path = run / NAME
     content = _read(path) if path.exists() else {}
-    kept = [other for other in content.get("fid", []) if any(other.get(key) != result[key] for key in SAME)]
-    content["fid"] = [*kept, result]
+    kept = [other for other in content.get(script, []) if any(other.get(key) != result[key] for key in same)]
+    content[script] = [*kept, result]
     with atomic_file(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
@@ -105,7 +106,7 @@ def _read(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path}: not readable ({error}); delete it and run fid.py again") from error
+        raise EvaluationError(f"{path}: not readable ({error}); delete it and run the evaluation again") from error
     return content
 
 

@@ -1,10 +1,13 @@
 import json
+from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
+from safetensors.torch import save_file
 
 from evaluations.extractors import EXTRACTORS
 from tests.evaluations.stand_in import NAME, StandIn
@@ -63,3 +66,22 @@ def run_folder(tmp_path):
         return tmp_path / name
 
     return write
+
+
+TINY = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    """A folder with a CLIP of 32 pixels and 16 tokens, as open_clip reads it."""
+    folder = tmp_path_factory.mktemp("clip") / "tiny"
+    folder.mkdir()
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**TINY).state_dict(), folder / "open_clip_model.safetensors")
+    config = {"model_cfg": TINY, "preprocess_cfg": {"interpolation": "bicubic"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
