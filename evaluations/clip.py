@@ -33,8 +33,10 @@ from evaluations.features import ImageSet, extract, gathered, own_batches
 from tokenizer.tokenizer_text.encoder import load_text_encoder
 
 TAG = "openai"
-DEMO = "local-dir:pretrained_models/demo/clip"
-OFFLINE = f"--clip-model {DEMO} needs no network, but knows emoji alone, and its numbers compare with its own only"
+OFFLINE = (
+    "--clip-model local-dir:pretrained_models/demo/clip needs no network, but knows emoji alone, and its numbers "
+    "compare with its own only"
+)
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 FROZEN = "text.transformer."  # the weights that MiniLM brings
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"

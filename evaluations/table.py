@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from evaluations.extractors import EvaluationError  # noqa: E402
-from tokenizer.files import atomic_file  # noqa: E402
+from tokenizer.files import write_json  # noqa: E402
 
 NAME = "metrics.json"
 # What results must share to stand in one table, or to replace each other in a metrics.json.
@@ -41,8 +41,7 @@ def write_result(run: Path, result: dict[str, Any], script: str = "fid", same: I
     content = _read(path) if path.exists() else {}
     kept = [other for other in content.get(script, []) if any(other.get(key) != result[key] for key in same)]
     content[script] = [*kept, result]
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+    write_json(path, content)
 
 
 def read_results(

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -128,7 +129,9 @@ class CropDataset(Dataset):
 
 
 @torch.inference_mode()
-def text_features(clip: nn.Module, tokenize, texts: list[str], device: torch.device, keep: Path) -> Tensor:
+def text_features(
+    clip: nn.Module, tokenize: Callable[[list[str]], Tensor], texts: list[str], device: torch.device, keep: Path
+) -> Tensor:
     """What the text tower makes of texts before its projection, float32 [N, C]; read from a file if they are there."""
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     found = kept_features(keep, digest)

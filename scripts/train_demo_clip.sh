@@ -3,8 +3,8 @@
 #
 #     bash scripts/train_demo_clip.sh [RUN [OUT]]      default: runs/demo_clip and runs/demo_clip/export
 #
-# OUT is then a folder as pretrained_models/demo/clip. Started again, it goes on where it was. The data set, made if it isn't
-# there, needs npm and Noto Color Emoji, see build_emoji_dataset.sh.
+# OUT is then a folder as pretrained_models/demo/clip. About 45 minutes on two CPU cores (AVX-512, no GPU). Started again, it
+# goes on where it was. The data set, made if it isn't there, needs npm and Noto Color Emoji, see build_emoji_dataset.sh.
 # Variables: DATA (default data/emoji; its captions, if there are any, are taken as they are); STEPS for a shorter or longer
 # run.
 set -euo pipefail

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +172,15 @@ def test_two_processes_make_the_same_steps_as_one(data, tmp_path):
 def test_errors_on_the_command_line(data, tmp_path, more, told):
     with pytest.raises(SystemExit, match=f"train_clip: .*{told}"):
         train_clip.main(flags(data, tmp_path / "run", *more))
+
+
+def test_compiled_steps_are_the_same(data, tmp_path, monkeypatch):
+    """Traced and differentiated ahead as with --compile, but not put into C++, which takes half a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for name in ("no-compile", "compile"):
+        train_clip.main(flags(data, tmp_path / name, f"--{name}", "--max-steps", "3"))
+    plain, compiled = (
+        [line["loss"] for line in log_of(tmp_path / name) if "loss" in line] for name in ("no-compile", "compile")
+    )
+    assert len(plain) == 3
+    assert compiled == pytest.approx(plain, abs=1e-3)
