@@ -22,6 +22,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
 from autoregressive.sample.run_folder import RunError
+from tokenizer.files import fingerprint
 
 INCEPTION = "inception-v3-compat"
 OFFLINE = "--feature-extractor efficientnet-lite0 needs no network, but its numbers compare with its own only"
@@ -205,6 +206,12 @@ def missing_weights(name: str, source: str, error: Exception, offline: str = OFF
         f"Hugging Face cache (HF_HOME): fetch them where there is a network and copy it, or name a folder by "
         f"local-dir:FOLDER. Or {offline}"
     )
+
+
+def folder_state(name: str) -> list[dict]:
+    """The files of the folder that an extractor may name: others may lie there the next time."""
+    _, found, folder = name.partition("local-dir:")
+    return [fingerprint(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()] if found else []
 
 
 def _hash_prefix(path: Path) -> str:

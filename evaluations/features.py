@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from autoregressive.sample.run_folder import bar_interval
-from evaluations.extractors import INCEPTION, EvaluationError, Extractor
+from evaluations.extractors import INCEPTION, EvaluationError, Extractor, folder_state
 from tokenizer.files import atomic_file
 from tokenizer.tokenizer_image.images import EXTENSIONS, ImageError, center_crop, load_rgb
 
@@ -237,7 +237,7 @@ def extract(
         EvaluationError: an image that can't be read, or another process that failed.
     """
     cache = images.cache(slug(name) + (f"-{image_size}px" if image_size else ""))
-    key = json.dumps([FORMAT, name, image_size, images.state])
+    key = json.dumps([FORMAT, name, image_size, images.state, folder_state(name)])
     found = kept_features(cache, key) if state.is_main_process else None
     if broadcast_object_list([found is not None])[0]:
         return found

@@ -16,9 +16,9 @@ from tests.evaluations.stand_in import NAME, StandIn
 def run(state):
     """A function: path -> its features, from the cache or by the stand-in extractor."""
 
-    def features_of(path, load=StandIn, batch_size=8, workers=0, image_size=None, classes=None):
-        images, _, _ = open_set(path, NAME, image_size, classes)
-        return extract(images, NAME, load, state, batch_size=batch_size, workers=workers, image_size=image_size)
+    def features_of(path, load=StandIn, batch_size=8, workers=0, image_size=None, classes=None, name=NAME):
+        images, _, _ = open_set(path, name, image_size, classes)
+        return extract(images, name, load, state, batch_size=batch_size, workers=workers, image_size=image_size)
 
     return features_of
 
@@ -172,6 +172,18 @@ def test_touched_files_are_looked_at_again_but_are_the_same_set(folder, run):
     assert run(path).identity == identity
     (path / "0000.png").unlink()
     assert run(path).identity != identity
+
+
+def test_features_of_a_network_in_a_folder_are_kept_until_its_files_change(folder, run, tmp_path):
+    path, _ = folder("a")
+    (tmp_path / "network").mkdir()
+    (tmp_path / "network" / "model.safetensors").write_bytes(b"one")
+    name = f"timm/local-dir:{tmp_path / 'network'}"
+    run(path, name=name)
+    run(path, name=name, load=not_needed)
+    (tmp_path / "network" / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(AssertionError):
+        run(path, name=name, load=not_needed)
 
 
 def test_damaged_cache_is_made_anew(folder, run):
