@@ -35,6 +35,7 @@ from tqdm import tqdm
 from autoregressive.train.text_features import read_captions, texts_of
 from autoregressive.train.training import (
     Ema,
+    HelpFormatter,
     TrainingError,
     TrainingRun,
     add_training_flags,
@@ -166,7 +167,7 @@ FREE_CLIP_FLAGS = {"config", "captions", "val_captions"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--config", type=Path, required=True, help="open_clip_config.json of the model")
     add("--captions", type=Path, required=True, help="captions file (.jsonl) of the training images")

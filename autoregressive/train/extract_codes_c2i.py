@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from autoregressive.models.checkpoint import CheckpointError, load_model
 from autoregressive.train.text_features import read_captions
-from autoregressive.train.training import TrainingError, join_processes
+from autoregressive.train.training import HelpFormatter, TrainingError, join_processes
 from tokenizer.files import atomic_file, fingerprint, remove_partial
 from tokenizer.tokenizer_image.images import (
     ImageError,
@@ -97,7 +97,7 @@ def blank_tokens(images: Tensor, downsample: int) -> Tensor:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--data-path", type=Path, required=True, help="images, one folder per class; or a captions file (.jsonl)")
     add("--code-path", type=Path, required=True, help="folder to write")

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from autoregressive.train.text_features import SHARD, read_captions, shard_files, texts_of
-from autoregressive.train.training import TrainingError, join_processes
+from autoregressive.train.training import HelpFormatter, TrainingError, join_processes
 from tokenizer.files import atomic_file, remove_partial, write_json
 from tokenizer.tokenizer_text.encoder import TEXT_ENCODERS, TextEncoderError, load_text_encoder
 
@@ -27,7 +27,7 @@ PRECISIONS = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--captions", type=Path, required=True, help="captions file (.jsonl)")
     add("--text-path", type=Path, required=True, help="folder to write")

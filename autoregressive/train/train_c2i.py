@@ -20,7 +20,7 @@ import numpy as np
 from autoregressive.models.checkpoint import CheckpointError, load_model
 from autoregressive.models.gpt import Transformer
 from autoregressive.train.gpt_training import CodeDataset, Example, add_gpt_flags, build_gpt, train_gpt
-from autoregressive.train.training import TrainingError
+from autoregressive.train.training import HelpFormatter, TrainingError
 
 
 class ClassDataset(CodeDataset):
@@ -89,7 +89,7 @@ def open_codes(path: Path, args: argparse.Namespace) -> ClassDataset:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--num-classes", type=int, help="default: as many as the codes tell; for LlamaGen's codes 1000")
     parser.add_argument("--sample-classes", type=int, nargs="+", help="one image each; default: 32 spread evenly")
     add_gpt_flags(parser)

@@ -25,7 +25,7 @@ from autoregressive.models.checkpoint import CheckpointError, load_model, read_s
 from autoregressive.models.gpt import Transformer
 from autoregressive.train.gpt_training import CodeDataset, Example, add_gpt_flags, build_gpt, train_gpt
 from autoregressive.train.text_features import TextFeatures
-from autoregressive.train.training import TrainingError
+from autoregressive.train.training import HelpFormatter, TrainingError
 
 
 def attention_mask(valid: Tensor, image_tokens: int) -> Tensor:
@@ -83,7 +83,7 @@ class CaptionDataset(CodeDataset):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--text-path", type=Path, required=True, help="folder made by extract_text_features.py")
     add("--val-text-path", type=Path, help="the same for --val-code-path")

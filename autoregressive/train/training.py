@@ -38,6 +38,16 @@ FREE_FLAGS = {
 }
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Tells the default of each flag that has one, unless its help does."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        told = "default" in (action.help or "")
+        if not (told or action.required or action.default in (None, False, argparse.SUPPRESS)):
+            action.help = f"{action.help} (default: %(default)s)" if action.help else "default: %(default)s"
+        super().add_argument(action)
+
+
 def add_training_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     """Add the flags that all trainers share; `defaults` overrides their defaults by destination name."""
     add = parser.add_argument_group("training (stays as it is when a run goes on)").add_argument

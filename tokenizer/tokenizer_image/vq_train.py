@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from autoregressive.models.checkpoint import CheckpointError, load_model
 from autoregressive.train.training import (
     Ema,
+    HelpFormatter,
     TrainingError,
     TrainingRun,
     add_training_flags,
@@ -94,7 +95,7 @@ FREE_VQ_FLAGS = {"data_path", "val_path", "val_images", "val_image_size", "cache
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--data-path", type=Path, required=True, help="training images, one folder per class")
     add("--val-path", type=Path, help="held-out images for PSNR and the pictures in samples/")
