@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from autoregressive.models.checkpoint import CheckpointError, load_model
 from autoregressive.train.text_features import read_captions
-from autoregressive.train.training import HelpFormatter, TrainingError, join_processes
-from tokenizer.files import atomic_file, fingerprint, remove_partial
+from autoregressive.train.training import HelpFormatter, TrainingError, differences, join_processes
+from tokenizer.files import atomic_file, fingerprint, remove_partial, write_json
 from tokenizer.tokenizer_image.images import (
     ImageError,
     center_crop,
@@ -180,10 +180,8 @@ def start_job(folder: Path, job: dict, names: list[str]) -> None:
     remove_partial(folder)
     path = folder / "job.json"
     if path.exists():
-        there = json.loads(path.read_text())
-        differ = [flag for flag in {**there, **job} if there.get(flag) != job.get(flag)]
-        if differ:
-            told = "; ".join(f"{flag} was {there.get(flag)} and is {job.get(flag)}" for flag in differ)
+        told = "; ".join(differences(json.loads(path.read_text()), job))
+        if told:
             raise ExtractError(
                 f"{folder} holds codes of another job: {told}. Give it the same to go on, or choose another --code-path"
             )
@@ -195,11 +193,6 @@ def start_job(folder: Path, job: dict, names: list[str]) -> None:
     else:
         for name, content in (("images.json", names), ("job.json", job)):
             write_json(folder / name, content)
-
-
-def write_json(path: Path, content: dict | list) -> None:
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def create_codes(path: Path, shape: tuple[int, int, int], codebook_size: int) -> None:

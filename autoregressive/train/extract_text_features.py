@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from autoregressive.train.text_features import SHARD, read_captions, shard_files, texts_of
-from autoregressive.train.training import HelpFormatter, TrainingError, join_processes
+from autoregressive.train.training import HelpFormatter, TrainingError, differences, join_processes
 from tokenizer.files import atomic_file, remove_partial, write_json
 from tokenizer.tokenizer_text.encoder import TEXT_ENCODERS, TextEncoderError, load_text_encoder
 
@@ -55,9 +55,9 @@ def start_job(folder: Path, job: dict, captions_file: Path) -> None:
         write_json(path, job)
         return
     there = json.loads(path.read_text())
-    differ = [key for key in {**there, **job} if there.get(key) != job.get(key)]
-    told = [f"{key} was {there.get(key)} and is {job.get(key)}" for key in differ if key != "files"]
-    if "files" in differ:
+    files_there, files = there.pop("files", None), job.get("files")
+    told = differences(there, {key: value for key, value in job.items() if key != "files"})
+    if files_there != files:
         told.append("the files of the encoder are others")
     if read_captions(copy) != read_captions(captions_file):
         told.append("the captions are others")

@@ -477,6 +477,12 @@ class Meter:
         return means | rate
 
 
+def differences(there: dict, here: dict) -> list[str]:
+    """What differs between two descriptions of a job, old and new, for people."""
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    return [f"{key} was {there.get(key)} and is {here.get(key)}" for key in keys]
+
+
 class TrainingRun:
     """A run folder at work: where the run goes on, its log, its checkpoints and its end.
 
@@ -533,9 +539,8 @@ class TrainingRun:
     def _resume(self, checkpoint: dict) -> None:
         there = self._settings(checkpoint["args"], checkpoint.get("data", {}))
         here = self._settings(plain_args(self.args), self.data)
-        differ = [key for key in there if key in here and there[key] != here[key]]
-        if differ:
-            told = "; ".join(f"{key} was {there[key]} and is {here[key]}" for key in differ)
+        told = "; ".join(differences(there, {key: here.get(key, value) for key, value in there.items()}))
+        if told:
             raise TrainingError(
                 f"{self.args.results_dir} holds a run with other settings: {told}. Give it the same to go on, or "
                 "choose another --results-dir; that may start from the weights of this one"
