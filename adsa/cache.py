@@ -10,10 +10,13 @@ each new token takes the slot of a victim that the policy names, so that memory 
 Nothing here waits for the device: victims are tensors, and the host only counts steps.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adsa.attention import AttentionRecord
 from adsa.config import CacheConfig
 from adsa.similarity import RunningSimilarity
 
@@ -64,6 +67,7 @@ class LayerCache:
         dtype: of keys and values, unless ``config.dtype`` says otherwise.
         device: where.
         valid: bool ``[B, T]``, which condition tokens are no padding; None: all.
+        columns: image tokens in a line; None: the image is square and has ``max_tokens``.
 
     Attributes:
         count: image tokens seen so far; the next one has this position.
@@ -82,6 +86,7 @@ class LayerCache:
         dtype: torch.dtype,
         device: torch.device | str,
         valid: Tensor | None = None,
+        columns: int | None = None,
     ):
         if valid is not None and valid.shape != (batch, condition_tokens):
             raise ValueError(f"valid must be [{batch}, {condition_tokens}] (rows, condition), not {[*valid.shape]}")
@@ -98,6 +103,7 @@ class LayerCache:
         self.evicts = config.mode == "evict" and self.budget < max_tokens
         self.capacity = self.budget if self.evicts else max_tokens
         self.count = 0
+        self.max_tokens, self.columns = max_tokens, columns or math.isqrt(max_tokens)
 
         # What is added to scores takes the queries' dtype, but on the CPU, whose kernels take float32 as well.
         wide = torch.promote_types(dtype, torch.float32) if torch.device(device).type == "cpu" else dtype
@@ -116,16 +122,25 @@ class LayerCache:
 
         joint = config.granularity == "layer"
         self.groups = 1 if joint else n_kv_head
-        self._positions = self._order = self.similarity = None
+        self._positions = self._order = self._chosen = self.similarity = self.attention = None
         if self.evicts:
             positions = torch.arange(self.capacity, dtype=torch.int32, device=device)
             self._positions = positions.expand(batch, self.groups, -1).contiguous()
         ranked = config.renew_every if self.evicts else self.budget - self.prefix - self.local
         if self.selects or (self.evicts and ranked > 1):
             self._order = torch.zeros(batch, self.groups, ranked, dtype=torch.int64, device=device)
-        if self.policy.needs_similarity and (self.evicts or self.selects):
+        if self.policy.similarity_of and (self.evicts or self.selects):
             self.similarity = RunningSimilarity(
                 batch, n_kv_head, self.capacity, head_dim, joint=joint, dtype=dtype, device=device
+            )
+        if self.policy.attention_window is not None and (self.evicts or self.selects):
+            self.attention = AttentionRecord(
+                batch,
+                self.groups,
+                self.capacity,
+                window=self.policy.attention_window,
+                dtype=torch.promote_types(dtype, torch.float32),
+                device=device,
             )
 
     # What policies see: the image tokens now cached, N of them.
@@ -137,6 +152,11 @@ class LayerCache:
     @property
     def filled(self) -> int:
         return min(self.count, self.capacity)
+
+    @property
+    def newest(self) -> int:
+        """Position of the token that the choice is made for: the incoming one, or in mode "select" the last cached."""
+        return self.count - 1 if self.selects else self.count
 
     @property
     def k(self) -> Tensor:
@@ -175,7 +195,8 @@ class LayerCache:
             self.insert_condition(k, v)
             return _attention(q, k, v, mask)
         keys, values, bias = self.update(k, v)
-        return _attention(q.to(keys.dtype), keys, values, bias).to(q.dtype)
+        attend = _attention if self.attention is None else self._watched_attention
+        return attend(q.to(keys.dtype), keys, values, bias).to(q.dtype)
 
     def insert_condition(self, k: Tensor, v: Tensor) -> None:
         """Store the condition tokens, folded into one slot if the config says so. ``k``, ``v``: ``[B, H, T, D]``.
@@ -239,19 +260,25 @@ class LayerCache:
         end = self.condition_slots + self.filled
         return self._k[:, :, :end], self._v[:, :, :end], None if self._bias is None else self._bias[..., :end]
 
+    def _features(self, k: Tensor, v: Tensor) -> Tensor:
+        return k if self.policy.similarity_of == "k" else v
+
     def _append(self, k: Tensor, v: Tensor) -> None:
         slot = self.condition_slots + self.count
         self._k[:, :, slot : slot + 1] = k
         self._v[:, :, slot : slot + 1] = v
         if self.similarity is not None:
-            self.similarity.append(self.count, v)
+            self.similarity.append(self.count, self._features(k, v))
 
     def _replace(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
         """Write a token over another. ``slot``: int64 ``[B, G, 1]``, counted from the first image slot."""
         self._positions.scatter_(2, slot, self.count)
         index = (slot + self.condition_slots).unsqueeze(-1).expand_as(v)
         if self.similarity is not None:
-            self.similarity.replace(slot, self._v.gather(2, index), v)
+            old = self._features(self._k, self._v).gather(2, index)
+            self.similarity.replace(slot, old, self._features(k, v))
+        if self.attention is not None:
+            self.attention.replace(slot)
         self._k.scatter_(2, index, k)
         self._v.scatter_(2, index, v)
 
@@ -283,10 +310,24 @@ class LayerCache:
         batch, heads, _, dim = self._k.shape
         raster = raster.expand(batch, self.groups, -1)
         first, last = raster[..., : self.condition_slots + self.prefix], raster[..., -self.local :]
-        index = torch.cat([first, self._order + self.condition_slots, last], dim=-1).unsqueeze(-1)
-        index = index.expand(batch, heads, -1, dim)
+        self._chosen = torch.cat([first, self._order + self.condition_slots, last], dim=-1)
+        index = self._chosen.unsqueeze(-1).expand(batch, heads, -1, dim)
         bias = None if self._bias is None else self._bias[..., : index.shape[2]]  # image slots all have bias 0
         return self._k.gather(2, index), self._v.gather(2, index), bias
+
+    def _watched_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention of one image token, whose weights go on record. Shapes as in :meth:`attend`."""
+        q = q.squeeze(2).unflatten(1, (k.shape[1], -1))  # [B, H, Hq / H, D]
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if bias is not None:
+            scores = scores + bias
+        weights = scores.softmax(-1, dtype=self.attention.weights.dtype)
+        seen = weights[..., self.condition_slots :].sum(2)
+        if self.groups == 1:
+            seen = seen.sum(1, keepdim=True)
+        slots = None if self._chosen is None else self._chosen[..., self.condition_slots :] - self.condition_slots
+        self.attention.add(self.count - 1, seen, slots)
+        return (weights.to(v.dtype) @ v).flatten(1, 2).unsqueeze(2)
 
     def _condition_mask(self, q: Tensor) -> Tensor | None:
         """bool ``[B, 1, T, T]``: causal, padding seen by nobody but itself. None if there is nothing to mask."""
@@ -303,8 +344,9 @@ class LayerCache:
     def tensors(self) -> dict[str, Tensor]:
         """Everything allocated, by name."""
         named = {"k": self._k, "v": self._v, "bias": self._bias, "positions": self._positions, "order": self._order}
-        if self.similarity is not None:
-            named |= self.similarity.tensors()
+        for record in (self.similarity, self.attention):
+            if record is not None:
+                named |= record.tensors()
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def keep_rows(self, rows: int) -> None:
@@ -313,8 +355,9 @@ class LayerCache:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor[:rows].clone())
-        if self.similarity is not None:
-            self.similarity.keep_rows(rows)
+        for record in (self.similarity, self.attention):
+            if record is not None:
+                record.keep_rows(rows)
 
 
 class KVCache:

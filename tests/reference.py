@@ -15,12 +15,47 @@ def mean_similarity(vectors: list[np.ndarray]) -> np.ndarray:
     return (unit @ unit.T).mean(axis=1)
 
 
-def redundancy(policy: str, positions: list[int], values: list[np.ndarray]) -> np.ndarray:
-    """How willingly a policy lets go of each token, higher = sooner."""
+def hashed(position: int, head: int) -> float:
+    x = position + 2**18 * (head + 1)
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
+    return (x ^ (x >> 16)) / 2**32
+
+
+def redundancy(policy: str, cached: list[int], chooser: "Choice") -> np.ndarray:
+    """How willingly a policy lets go of each cached token before the newest is attended to, higher = sooner."""
+    values, keys = [chooser.values[j] for j in cached], [chooser.keys[j] for j in cached]
+    newest, columns, seen = len(chooser.values) - 1, chooser.columns, chooser.attention
+    mass = {window: np.array([sum(a.get(j, 0) for a in seen[-window:]) for j in cached]) for window in (0, 1, 8, 32)}
     if policy == "adsa":
         return mean_similarity(values)
+    if policy == "adsa_inverse":
+        return -mean_similarity(values)
     if policy in ("window", "streaming"):
-        return -np.array(positions, dtype=float)
+        return -np.array(cached, dtype=float)
+    if policy == "random":
+        return -np.array([hashed(j, chooser.head) for j in cached])
+    if policy == "uniform":
+        return np.array([float(int(f"{j:032b}"[::-1], 2)) for j in cached]) / 2**32
+    if policy == "neighborhood":
+        rows, across = np.divmod(cached, columns)
+        return (rows - newest // columns) ** 2 + (across - newest % columns) ** 2.0
+    if policy in ("h2o", "tova", "snapkv"):
+        return -mass[{"h2o": 0, "tova": 1, "snapkv": 32}[policy]]
+    if policy == "keydiff":
+        return mean_similarity(keys)
+    if policy == "knorm":
+        return -np.round(2**16 / np.linalg.norm(keys, axis=1)) / 2**16
+    if policy == "r_kv":
+        return 0.9 * softmax(mean_similarity(keys)) - 0.1 * mass[8] / mass[8].sum()
+    if policy == "lines":
+        worth = {}
+        for line in {j // columns for j in cached}:
+            members = [i for i, j in enumerate(cached) if j // columns == line]
+            came = [j for j in range(newest) if j // columns == line]
+            worth[line] = np.mean([mass[0][i] / max(1, newest - cached[i]) for i in members])
+            worth[line] -= 1000 * (len(members) < len(came))
+        return -np.array([worth[j // columns] for j in cached])
     raise ValueError(policy)
 
 
@@ -39,24 +74,26 @@ def by_worth(scores: np.ndarray, positions: list[int], highest_first: bool) -> l
 class Choice:
     """The positions that one chooser (a head, or all heads of a layer) keeps, step by step.
 
-    Keeps the whole history of values; ``cached`` is what an evicting cache still holds.
+    Keeps the whole history of keys, values and attention; ``cached`` is what an evicting cache still holds.
     """
 
-    def __init__(self, policy, budget, prefix, local, mode, renew_every):
+    def __init__(self, policy, budget, prefix, local, mode, renew_every, *, head, columns):
         self.policy, self.budget, self.prefix, self.local = policy, budget, prefix, local
-        self.mode, self.renew_every = mode, renew_every
-        self.values, self.cached, self.queue, self.chosen, self.rankings = [], [], [], [], 0
+        self.mode, self.renew_every, self.head, self.columns = mode, renew_every, head, columns
+        self.keys, self.values, self.attention = [], [], []  # attention: {position: weight} of each query
+        self.cached, self.queue, self.chosen, self.rankings = [], [], [], 0
 
-    def step(self, value: np.ndarray) -> list[int]:
-        """A token's value comes in; which positions may its query see?"""
+    def step(self, key: np.ndarray, value: np.ndarray) -> list[int]:
+        """A token's key and value come in; which positions may its query see?"""
         p = len(self.values)
+        self.keys.append(key)
         self.values.append(value)
         if self.policy == "full":
             return list(range(p + 1))
         if self.mode == "evict":
             if len(self.cached) == self.budget:
                 if not self.queue:
-                    scores = redundancy(self.policy, self.cached, [self.values[j] for j in self.cached])
+                    scores = redundancy(self.policy, self.cached, self)
                     previous = [j for j in self.cached if self.prefix <= j <= p - self.local]
                     scores = np.array([scores[self.cached.index(j)] for j in previous])
                     self.queue = by_worth(scores, previous, highest_first=True)[: self.renew_every]
@@ -67,7 +104,7 @@ class Choice:
             return list(range(p + 1))
         if self.rankings % self.renew_every == 0:
             history = list(range(p + 1))
-            scores = redundancy(self.policy, history, self.values)
+            scores = redundancy(self.policy, history, self)
             previous = [j for j in history if self.prefix <= j <= p - self.local]
             order = by_worth(scores[previous], previous, highest_first=False)
             self.chosen = order[: self.budget - self.prefix - self.local]
@@ -96,7 +133,9 @@ class Decoder:
         self.head_dim = self.dim // n_head
         self.n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
         choosers = n_kv_head if granularity == "head" else 1
-        self.choices = [[Choice(**choice) for _ in range(choosers)] for _ in range(self.n_layer)]
+        self.choices = [
+            [Choice(**choice, head=head, columns=grid) for head in range(choosers)] for _ in range(self.n_layer)
+        ]
         self.condition = [[] for _ in range(self.n_layer)]  # values [H, D] of valid condition tokens
         self.keys = [[] for _ in range(self.n_layer)]  # of image tokens, [H, D]
         self.values = [[] for _ in range(self.n_layer)]
@@ -130,8 +169,12 @@ class Decoder:
             self.keys[i].append(self.rotate(k, position))
             self.values[i].append(v)
             choices = self.choices[i]
-            seen = [c.step(v[h] if len(choices) > 1 or self.n_kv == 1 else v.ravel()) for h, c in enumerate(choices)]
-            q, out = self.rotate(q, position), []
+            own = self.keys[i][-1], v
+            seen = [
+                c.step(*(x[h] if len(choices) > 1 or self.n_kv == 1 else x.ravel() for x in own))
+                for h, c in enumerate(choices)
+            ]
+            q, out, records = self.rotate(q, position), [], [{} for _ in choices]
             for head in range(self.n_head):
                 h = head // (self.n_head // self.n_kv)
                 visible = seen[h % len(seen)]
@@ -139,7 +182,13 @@ class Decoder:
                     q[head] @ self.keys[i][j][h] / np.sqrt(self.head_dim) for j in visible
                 ]
                 values = [c[h] for c in self.condition[i]] + [self.values[i][j][h] for j in visible]
-                out.append(softmax(np.array(scores)) @ np.array(values))
+                weights = softmax(np.array(scores))
+                out.append(weights @ np.array(values))
+                record = records[h % len(seen)]
+                for j, weight in zip(visible, weights[len(self.condition[i]) :], strict=True):
+                    record[j] = record.get(j, 0) + weight
+            for chooser, record in zip(choices, records, strict=True):
+                chooser.attention.append(record)
         x = x + self.w[name + "attention.wo.weight"] @ np.concatenate(list(out))
         h = self.norm(x, name + "ffn_norm.weight")
         gate = self.w[name + "feed_forward.w1.weight"] @ h

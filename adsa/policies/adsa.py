@@ -12,7 +12,16 @@ class Adsa(Policy):
     """
 
     name = "adsa"
-    needs_similarity = True
+    similarity_of = "v"
 
     def score(self, layer) -> Tensor:
         return -layer.similarity.score(layer.v)
+
+
+class AdsaInverse(Adsa):
+    """The opposite of Eq. 4, as a control: the most redundant tokens stay."""
+
+    name = "adsa_inverse"
+
+    def score(self, layer) -> Tensor:
+        return -super().score(layer)

@@ -1,7 +1,7 @@
 """What a policy is."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
@@ -17,11 +17,14 @@ class Policy:
 
     Attributes:
         name: as it stands in configs.
-        needs_similarity: whether the cache must keep running similarities of V (``layer.similarity``).
+        similarity_of: "v" or "k", if the cache must keep running similarities of these (``layer.similarity``).
+        attention_window: if the cache must remember attention (``layer.attention``): that of how many of the last
+            queries, or 0 for all. Such a policy needs :meth:`LayerCache.attend`, which then pays for the weights.
     """
 
     name: ClassVar[str]
-    needs_similarity: ClassVar[bool] = False
+    similarity_of: ClassVar[Literal["k", "v"] | None] = None
+    attention_window: ClassVar[int | None] = None
 
     def split(self, budget: int) -> tuple[int, int]:
         """The (prefix, local) that this policy takes of a budget where the config names none; the paper names none."""
@@ -31,8 +34,8 @@ class Policy:
         """Worth of every cached token, higher = keep.
 
         Args:
-            layer: the cache, with ``layer.v`` ``[B, H, N, D]`` and ``layer.positions`` ``[B, G, N]``, N being the
-                image tokens now in it and G = H for a choice per head, 1 for one per layer.
+            layer: the cache, with ``layer.k`` and ``layer.v`` ``[B, H, N, D]`` and ``layer.positions`` ``[B, G, N]``,
+                N being the image tokens now in it and G = H for a choice per head, 1 for one per layer.
 
         Returns:
             ``[B, G, N]``, within +-100 000. Of equal scores the lowest position is evicted first (mode "evict") or

@@ -282,6 +282,7 @@ class Transformer(nn.Module):
             dtype=weight.dtype,
             device=weight.device,
             valid=valid,
+            columns=self.config.grid_size,
         )
 
     def forward(

@@ -151,7 +151,7 @@ def test_half_precision_cache(policy, dtype):
     out, expected = run(half, q, k, v), run(full, q, k, v)
     assert out.dtype == torch.float32 and half.k.dtype == dtype
     assert half.tensors()["k"].nbytes * 2 == full.tensors()["k"].nbytes
-    if policy != "adsa":  # positions do not depend on rounding
+    if policy in ("window", "streaming", "random", "uniform", "neighborhood"):  # positions do not depend on rounding
         assert torch.equal(half.positions.sort().values, full.positions.sort().values)
     torch.testing.assert_close(out[:, :, :16], expected[:, :, :16], atol=0.03, rtol=0)  # until the first choice
 
@@ -245,8 +245,10 @@ def test_nbytes(policy, mode, renew_every, dtype):
     keys_and_values = 2 * 4 * B * H * (1 + slots) * D * dtype.itemsize
     positions = 0 if slots == TOKENS else 4 * B * H * slots * 4
     order = 0 if policy == "full" else 4 * B * H * 8 * (8 if mode == "select" else renew_every * (renew_every > 1))
-    sums = 4 * B * H * (D + slots) * 4 if POLICIES[policy].needs_similarity else 0
-    expected = keys_and_values + positions + order + sums
+    sums = 4 * B * H * (D + slots) * 4 if POLICIES[policy].similarity_of else 0
+    window = POLICIES[policy].attention_window
+    attention = 0 if window is None else 4 * B * H * max(1, window) * slots * 4
+    expected = keys_and_values + positions + order + sums + attention
     assert kv.slots == budget
     assert kv.kv_nbytes() == keys_and_values
     assert kv.nbytes() == expected

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from adsa import CacheConfig
+from adsa.policies import POLICIES
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.sampling import uniform_noise
@@ -67,7 +68,7 @@ def test_adsa_equals_brute_force(split, granularity, mode, cfg_scale, sampled):
     assert tokens.tolist() == expected(model, choice, granularity, cfg_scale, noise)
 
 
-@pytest.mark.parametrize("policy", ["full", "adsa", "window", "streaming"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     ("mode", "granularity", "renew_every", "n_kv_head"),
     [("evict", "head", 1, 2), ("evict", "layer", 3, None), ("select", "head", 4, None), ("select", "layer", 1, 2)],
@@ -80,7 +81,7 @@ def test_policies_equal_brute_force(policy, mode, granularity, renew_every, n_kv
         cache = CacheConfig("full")
         prefix = local = 0
     else:
-        prefix, local = {"adsa": (3, 5), "window": (0, 14 - 3), "streaming": (4, 14 - 4 - 3)}[policy]
+        prefix, local = {"window": (0, 14 - 3), "streaming": (4, 14 - 4 - 3)}.get(policy, (3, 5))
         cache = CacheConfig(policy, budget, prefix, local, granularity, mode, renew_every)
     choice = {"policy": policy, "budget": budget, "prefix": prefix, "local": local}
     choice |= {"mode": mode, "renew_every": renew_every}

@@ -1,0 +1,54 @@
+"""How much attention each cached token has had, for the policies that rank by it."""
+
+import torch
+from torch import Tensor
+
+
+class AttentionRecord:
+    """Attention weights of past queries, by the token that they went to.
+
+    Args:
+        batch, groups, slots: ``[B, G, N]``, as the cache chooses; weights of a group's query heads are added up.
+        window: how many of the last queries count; 0: all since the token came.
+        dtype: of the sums.
+        device: where.
+
+    Attributes:
+        weights: ``[B, G, max(1, window), N]``, one row for each of the last queries, or their sum.
+    """
+
+    def __init__(self, batch: int, groups: int, slots: int, *, window: int, dtype: torch.dtype, device):
+        self.window = window
+        self.weights = torch.zeros(batch, groups, max(1, window), slots, dtype=dtype, device=device)
+
+    def add(self, query: int, weights: Tensor, slots: Tensor | None = None) -> None:
+        """The weights of one query.
+
+        Args:
+            query: its number; of a window, the oldest query's row is overwritten.
+            weights: ``[B, G, M]``.
+            slots: int64 ``[B, G, M]``, where they belong; None: slots 0 .. M - 1, and all others are empty.
+        """
+        row = self.weights[:, :, query % self.window if self.window else 0]
+        if slots is None:
+            row = row[..., : weights.shape[-1]]
+            row.copy_(weights) if self.window else row.add_(weights)
+        elif self.window:
+            row.zero_().scatter_(2, slots, weights)
+        else:
+            row.scatter_add_(2, slots, weights)
+
+    def replace(self, slot: Tensor) -> None:
+        """A token takes another's place, and has had no attention yet. ``slot``: int64 ``[B, G, 1]``."""
+        self.weights.scatter_(3, slot.unsqueeze(2).expand(-1, -1, self.weights.shape[2], -1), 0.0)
+
+    def mass(self, count: int) -> Tensor:
+        """Attention that the tokens in the first slots have had in all, ``[B, G, count]``."""
+        return self.weights[..., :count].sum(2)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"attention": self.weights}
+
+    def keep_rows(self, rows: int) -> None:
+        """Forget all but the first ``rows`` rows."""
+        self.weights = self.weights[:rows].clone()
