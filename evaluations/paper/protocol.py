@@ -56,6 +56,7 @@ class ClassTask(Task):
         reference_classes: patterns for the folders that count, of those in reference_images; {class} in a pattern
             stands for the name of every class of the model.
         feature_extractor: fid.py's --feature-extractor.
+        ablation_seeds: of table 3, which has many rows; default: as `seeds`.
         resizes: ways of scaling images down to the evaluation's size that are compared: llamagen, antialias.
     """
 
@@ -65,10 +66,15 @@ class ClassTask(Task):
     reference_images: Path | None = None
     reference_classes: tuple[str, ...] = ()
     feature_extractor: str
+    ablation_seeds: tuple[int, ...] = ()
     resizes: tuple[str, ...] = ()
 
     def check(self) -> None:
         super().check()
+        if not set(self.ablation_seeds) <= set(self.seeds):
+            raise OptionError(
+                f"key 'ablation_seeds': expected some of the seeds {list(self.seeds)}, got {list(self.ablation_seeds)}"
+            )
         for resize in self.resizes:
             if resize not in RESIZES:
                 raise OptionError(
@@ -134,7 +140,7 @@ def load_protocol(model: str) -> Protocol:
         if not isinstance(given, dict):
             raise OptionError(f"{path}: section {name!r}: expected keys and values, got {given!r}")
         tasks[name] = _task(path, name, kind, given)
-    return Protocol(name=path.stem, path=path, **tasks)
+    return Protocol(name=path.stem, path=Path(shown(path)), **tasks)
 
 
 def _task(path: Path, section: str, kind: type[Task], given: dict[str, Any]) -> Task:
@@ -179,10 +185,15 @@ def _value(hint: Any, value: Any, folder: Path) -> Any:
     if type(value) is not expected[0]:
         raise ValueError(f"expected {expected[1]}, got {value!r}")
     if hint is Path:
-        return Path(os.path.normpath(folder / Path(value).expanduser()))
+        return _path(folder, value)
     if hint is str and value.startswith("local-dir:"):  # a model in a folder
-        return "local-dir:" + os.path.normpath(folder / Path(value.removeprefix("local-dir:")).expanduser())
+        return f"local-dir:{_path(folder, value.removeprefix('local-dir:'))}"
     return value
+
+
+def _path(folder: Path, value: str) -> Path:
+    """From a file in this folder; as short as it can be said from here, since results tell paths."""
+    return Path(shown(Path(os.path.normpath(folder / Path(value).expanduser()))))
 
 
 def add_model_flag(parser: argparse.ArgumentParser) -> None:
