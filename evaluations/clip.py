@@ -126,6 +126,13 @@ class Squares:
         return np.asarray(image.resize((self.size, self.size), self.filter))
 
 
+def clip_title(name: str, pretrained: str | None = None) -> str:
+    """What results call a CLIP; the arguments are those of :func:`load_clip`."""
+    if name.startswith("local-dir:"):
+        return "/".join(Path(name.removeprefix("local-dir:")).resolve().parts[-2:])
+    return name if ":" in name else f"{name}/{Path(pretrained or TAG).name}"
+
+
 def load_clip(name: str, pretrained: str | None = None, images_only: bool = False) -> Clip:
     """A CLIP with its weights; see the module's table.
 
@@ -141,13 +148,12 @@ def load_clip(name: str, pretrained: str | None = None, images_only: bool = Fals
     """
     import open_clip
 
-    told, source, config = name, name, {}
+    told, source, config = clip_title(name, pretrained), name, {}
     if ":" in name:
         if pretrained is not None:
             raise EvaluationError(f"{name} has its weights with it, so that --pretrained {pretrained} has no place")
         if name.startswith("local-dir:"):
             folder = Path(name.removeprefix("local-dir:"))
-            told = "/".join(folder.resolve().parts[-2:])
             if (found := _minilm_config(folder)) is not None:
                 model, tokenize = minilm_clip(found)
                 _load_trained(model, folder / WEIGHTS)
@@ -155,12 +161,11 @@ def load_clip(name: str, pretrained: str | None = None, images_only: bool = Fals
     else:
         pretrained = TAG if pretrained is None else pretrained
         tags = open_clip.list_pretrained_tags_by_model(name)
-        told = f"{name}/{pretrained}"
         if pretrained in tags:
             config = open_clip.get_pretrained_cfg(name, pretrained)
             source = hub_source(config.get("hf_hub"), WEIGHTS, config.get("url"))
         elif pretrained and Path(pretrained).is_file() and name in open_clip.list_models():
-            told, source = f"{name}/{Path(pretrained).name}", pretrained
+            source = pretrained
         else:
             known = f"the tags of {name} are {', '.join(tags)}" if tags else "open_clip.list_pretrained() names them"
             raise EvaluationError(f"open_clip has no weights {pretrained!r} of a model {name!r}; {known}")

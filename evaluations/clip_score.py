@@ -16,18 +16,16 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
-from scipy.stats import bootstrap  # noqa: E402
 
 from autoregressive.sample.job import guarded, start_processes  # noqa: E402
+from evaluations.bootstrap import CONFIDENCE, RESAMPLES, mean_interval  # noqa: E402
 from evaluations.clip import embed_images, embed_texts, ready_clip  # noqa: E402
-from evaluations.extractors import EvaluationError  # noqa: E402
+from evaluations.extractors import EvaluationError, folder_state  # noqa: E402
 from evaluations.features import FolderImages, ImageSet, open_set, slug  # noqa: E402
 from evaluations.flags import add_clip_flags, add_work_flags, positive  # noqa: E402
 from evaluations.retrieval import CANDIDATES, SEED, distinct, r_precision  # noqa: E402
 from evaluations.table import write_result  # noqa: E402
 from tokenizer.files import atomic_file  # noqa: E402
-
-RESAMPLES, CONFIDENCE = 10_000, 0.95  # of the bootstrap
 
 EPILOG = """\
 RUN is the folder of a finished run of sample_t2i_ddp.py, or one as LlamaGen leaves it: images/ and captions.txt.
@@ -79,8 +77,10 @@ def evaluate(
     _write_scores(file, prompts, scores, hits)
     result = {
         "run": str(run),
+        "samples_id": images.identity,
         "clip_model": clip.name,
         "clip_weights": clip.weights,
+        "clip_files": folder_state(clip_model),
         "prefix": prefix,
         "image_size": image_size,
         "counts": {"images": len(scores), "prompts": len(texts)},
@@ -129,16 +129,8 @@ def _mean(name: str, values: np.ndarray | None) -> dict[str, Any]:
     """The mean of some values and its interval, under their names."""
     if values is None:
         return {name: None, f"{name}_interval": None}
-    interval = bootstrap(
-        (values.astype(np.float64),),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=max(1, 2**22 // len(values)),
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        random_state=np.random.default_rng(SEED),
-    ).confidence_interval
-    return {name: float(values.mean()), f"{name}_interval": [float(interval.low), float(interval.high)]}
+    mean, low, high = map(float, mean_interval(values, SEED))
+    return {name: mean, f"{name}_interval": [low, high]}
 
 
 def _write_scores(file: Path, prompts: Sequence[str], scores: np.ndarray, hits: np.ndarray | None) -> None:

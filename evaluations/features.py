@@ -128,6 +128,8 @@ class FolderImages:
 
     def cache(self, name: str) -> Path:
         selection = "" if self.classes is None else f"-{slug('+'.join(self.classes))}"
+        if len(selection) > 100:  # a file's name has its limits
+            selection = f"-{hashlib.sha256(selection.encode()).hexdigest()[:16]}"
         return self.path / f"features-{name}{selection}.npz"
 
     def read(self, index: int) -> np.ndarray:

@@ -79,6 +79,7 @@ def evaluate(
     if ours is None:
         raise EvaluationError(f"{samples}: holds statistics but no images to judge")
     identity = statistics.identity if theirs is None else theirs.identity
+    samples_id = ours.identity
     ours, theirs = features(ours), features(theirs)
     if not state.is_main_process:
         return None
@@ -86,6 +87,7 @@ def evaluate(
     protocol, told = found.pop("protocol"), found.pop("notes")
     return {
         "samples": str(samples),
+        "samples_id": samples_id,
         "reference": " ".join([str(reference), *(reference_classes or ())]),
         "reference_id": identity,
         "extractor": feature_extractor,

@@ -44,6 +44,16 @@ def write_result(run: Path, result: dict[str, Any], script: str = "fid", same: I
     write_json(path, content)
 
 
+def find_result(run: Path, script: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """A script's result in a run's metrics.json that has these values, or None.
+
+    Raises:
+        EvaluationError: there is a metrics.json that can't be read.
+    """
+    results = _read(run / NAME).get(script, []) if (run / NAME).exists() else []
+    return next((found for found in results if all(found.get(key) == value for key, value in wanted.items())), None)
+
+
 def read_results(
     runs: Sequence[Path], feature_extractor: str | None = None, reference: str | None = None
 ) -> list[dict[str, Any]]:

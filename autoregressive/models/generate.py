@@ -39,6 +39,7 @@ def generate(
     cache: CacheConfig | None = None,
     seeds: Tensor | None = None,
     kv: KVCache | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Sample image tokens.
 
@@ -58,6 +59,8 @@ def generate(
             drawn from torch's global generator.
         kv: an unused cache from :func:`new_cache`, for callers who want to look at it; it stands for ``emb_masks`` and
             ``cache``, which are then not given. None: made here.
+        start: int ``[B, n]``, n up to N: the first n tokens are these, and the others keep the noise of their steps. So
+            an image that starts with its own first tokens and has its own seed is that image. None: all are drawn.
 
     Returns:
         int64 ``[B, N]`` on the device of ``cond``. While decoding, tokens leave for host memory (section 4.2 of the
@@ -86,6 +89,9 @@ def generate(
             f"kv is {'used' if kv.used else 'unused'} and has {kv.batch} rows for {kv.max_tokens} tokens; needed is an "
             f"unused one for {batch} images, cfg_scale {cfg_scale} and {max_new_tokens} tokens: make it by new_cache"
         )
+    if start is not None:
+        _check_start(start, batch, max_new_tokens, model.config.vocab_size)
+    given = [] if start is None else start.T.contiguous().to(device, torch.long)
 
     noise = uniform_noise(seeds, max_new_tokens).T.contiguous().to(device) if sample_logits else None
     pinned = device.type == "cuda"
@@ -100,7 +106,9 @@ def generate(
         logits = logits[:, -1]
         if guided:
             logits = guide(logits, cfg_scale)
-        if sample_logits:
+        if step < len(given):
+            token = given[step]
+        elif sample_logits:
             token = draw(probabilities(logits, temperature, top_k, top_p), noise[step])
         else:
             token = logits.argmax(-1)
@@ -115,6 +123,18 @@ def generate(
     if pinned:
         torch.cuda.synchronize(device)
     return tokens.T.contiguous().to(device)
+
+
+def _check_start(start: Tensor, batch: int, tokens: int, codes: int) -> None:
+    """Raises ValueError for tokens that no image of the batch can start with."""
+    if start.ndim != 2 or start.is_floating_point():
+        raise ValueError(f"start must be whole numbers [B, n], not {start.dtype} {[*start.shape]}")
+    if len(start) != batch or start.shape[1] > tokens:
+        raise ValueError(f"start of shape {[*start.shape]} for {batch} images of {tokens} tokens")
+    if start.numel() and not 0 <= int(start.min()) <= int(start.max()) < codes:
+        raise ValueError(
+            f"tokens to start with must be 0 to {codes - 1}; these are {int(start.min())} to {int(start.max())}"
+        )
 
 
 def _check_condition(model: Transformer, cond: Tensor) -> None:

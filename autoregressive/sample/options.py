@@ -385,7 +385,7 @@ def _from_flag(kind: type, optional: bool, choices: Sequence[str] | None):
 # Files
 
 
-class _Loader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML in which a key given twice is an error, and not a value lost."""
 
     def construct_mapping(self, node, deep=False):
@@ -414,7 +414,7 @@ def read_config(path: str | Path, options: Options, *, nested: bool = False) -> 
     """
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
     except OSError as error:
         raise OptionError(
             f"{path}: {error.strerror or error}; the project's own files are in {shown(ROOT / 'configs')}"

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -33,8 +34,8 @@ examples:
         --image-size 384 --image-size-eval 256 --cfg-scale 1.75 --cache-policy adsa --cache-budget 256"""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with these arguments; None: the process's own."""
+def job(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """What :func:`run_job` is to be called with, for these arguments; no model is read yet. None: the process's own."""
     options = parse_options(Options(), argv, script="job", description=DESCRIPTION, examples=EXAMPLES)
     require_classes(options)
     state = start_processes(options.run.cpu)
@@ -50,22 +51,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = image_seeds(run.seed, run.num_fid_samples)
 
     folder = RunFolder(Path(run.sample_dir) / run_name(options), run.num_fid_samples, run.image_size_eval)
-    record = run_job(
-        state,
-        folder,
-        run.per_proc_batch_size,
-        settings=run_settings(options, blueprint, state.device) | {"run.class_labels": given and drawn},
-        details={
+    return {
+        "state": state,
+        "folder": folder,
+        "batch_size": run.per_proc_batch_size,
+        "settings": run_settings(options, blueprint, state.device) | {"run.class_labels": given and drawn},
+        "details": {
             "config": options.values(),
             "seeds": "seeds.npy: numpy's SeedSequence(run.seed, spawn_key=(index,)) each",
         },
-        files={"labels.npy": npy_bytes(labels), "seeds.npy": npy_bytes(seeds)},
-        seeds=seeds,
-        load=lambda: Sampler(blueprint, options, state.device),
-        conditions=lambda batch: (torch.from_numpy(labels[batch.start : batch.stop]), None),
-    )
-    if state.is_main_process:
-        print(told(folder, record))
+        "files": {"labels.npy": npy_bytes(labels), "seeds.npy": npy_bytes(seeds)},
+        "seeds": seeds,
+        "load": lambda: Sampler(blueprint, options, state.device),
+        "conditions": lambda batch: (torch.from_numpy(labels[batch.start : batch.stop]), None),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these arguments; None: the process's own."""
+    arguments = job(argv)
+    record = run_job(**arguments)
+    if arguments["state"].is_main_process:
+        print(told(arguments["folder"], record))
 
 
 if __name__ == "__main__":

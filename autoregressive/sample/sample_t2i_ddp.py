@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -34,8 +35,8 @@ examples:
         --image-size 512 --cfg-scale 7.5 --top-k 1000 --cache-policy adsa --cache-budget 512"""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with these arguments; None: the process's own."""
+def job(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """What :func:`run_job` is to be called with, for these arguments; no model is read yet. None: the process's own."""
     options = parse_options(Options.text_to_image(), argv, script="job", description=DESCRIPTION, examples=EXAMPLES)
     require_text(options)
     run = options.run
@@ -62,25 +63,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             tell(told_left_out(found))
         conditions.encode(images, show=state.is_main_process)
 
-    record = run_job(
-        state,
-        folder,
-        run.per_proc_batch_size,
-        settings=run_settings(options, blueprint, state.device)
+    return {
+        "state": state,
+        "folder": folder,
+        "batch_size": run.per_proc_batch_size,
+        "settings": run_settings(options, blueprint, state.device)
         | {"text.prompts": prompts.digest(), "text.encoder": conditions.encoder.fingerprint()},
-        details={
+        "details": {
             "config": options.values(),
             "notes": notes,
             "seeds": "seeds.npy: numpy's SeedSequence(run.seed, spawn_key=(index,)) each",
         },
-        files=prompts.files() | {"seeds.npy": npy_bytes(seeds)},
-        seeds=seeds,
-        encode=encode,
-        load=lambda: Sampler(blueprint, options, state.device),
-        conditions=conditions,
-    )
-    if state.is_main_process:
-        print(told(folder, record))
+        "files": prompts.files() | {"seeds.npy": npy_bytes(seeds)},
+        "seeds": seeds,
+        "encode": encode,
+        "load": lambda: Sampler(blueprint, options, state.device),
+        "conditions": conditions,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these arguments; None: the process's own."""
+    arguments = job(argv)
+    record = run_job(**arguments)
+    if arguments["state"].is_main_process:
+        print(told(arguments["folder"], record))
 
 
 if __name__ == "__main__":

@@ -199,7 +199,14 @@ class Sampler:
             torch.cuda.synchronize(self.device)
         self.seconds[phase] += time.perf_counter() - start
 
-    def tokens(self, cond: Tensor, seeds: Tensor, masks: Tensor | None = None, count: int | None = None) -> Tensor:
+    def tokens(
+        self,
+        cond: Tensor,
+        seeds: Tensor,
+        masks: Tensor | None = None,
+        count: int | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """Sample image tokens: int64 [B, N] on the device.
 
         Args:
@@ -207,6 +214,7 @@ class Sampler:
             seeds: int64 [B].
             masks: [B, T], 1 where a text token is no padding.
             count: stop after this many tokens; None: a whole image.
+            start: int [B, n], the first tokens of each image; None: all are sampled.
         """
         options, count = self.sampling, count or self.tokens_per_image
         with self._timed("gpt"):
@@ -226,6 +234,7 @@ class Sampler:
                 top_p=options.top_p,
                 seeds=seeds,
                 kv=kv,
+                start=start,
             )
 
     @torch.no_grad()

@@ -63,6 +63,27 @@ def test_prefix_of_a_longer_decode(model):
         assert torch.equal(generate(model, labels, n, seeds=seeds), whole[:, :n])
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mode", ["evict", "select"])
+def test_an_image_goes_on_from_its_own_tokens(model, policy, mode):
+    """Its own first tokens and its own seed make the image; another seed makes another from there on."""
+    cache = CacheConfig(policy) if policy == "full" else CacheConfig(policy, 12, mode=mode)
+    labels, seeds = torch.tensor([1, 5]), torch.tensor([11, 12])
+    options = {"cfg_scale": 2.0, "cache": cache}
+    whole = generate(model, labels, TOKENS, seeds=seeds, **options)
+    for n in (0, 1, 20, TOKENS):
+        assert torch.equal(generate(model, labels, TOKENS, seeds=seeds, start=whole[:, :n], **options), whole)
+    other = generate(model, labels, TOKENS, seeds=seeds + 9, start=whole[:, :20].int(), **options)
+    assert torch.equal(other[:, :20], whole[:, :20]) and (other[:, 20:] != whole[:, 20:]).any(1).all()
+
+
+def test_interval_counts_the_given_tokens(model):
+    labels, seeds = torch.tensor([1, 5]), torch.tensor([1, 2])
+    options = {"cfg_scale": 3.0, "cfg_interval": 5, "seeds": seeds, "cache": CACHES["adsa"]}
+    whole = generate(model, labels, TOKENS, **options)
+    assert torch.equal(generate(model, labels, TOKENS, start=whole[:, :15], **options), whole)
+
+
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
 def test_interval_drops_the_unconditional_half(model, cache, monkeypatch):
     """Beyond cfg_interval the second half is not computed, and the tokens are those of computing and ignoring it."""
@@ -163,6 +184,11 @@ def test_compiled_equals_eager_without_recompiling_every_step(model, cache):
         ({"cond": torch.tensor([1, 11])}, "0 to 9 .or 10, the null class.; these are 1 to 11"),
         ({"cond": torch.tensor([[1], [2]])}, r"whole numbers \[B\]"),
         ({"emb_masks": torch.ones(2, 1)}, "no text to mask"),
+        ({"start": torch.zeros(2, 5, dtype=torch.long)}, r"start of shape \[2, 5\] for 2 images of 4 tokens"),
+        ({"start": torch.zeros(3, 2, dtype=torch.long)}, r"start of shape \[3, 2\] for 2 images"),
+        ({"start": torch.zeros(2, dtype=torch.long)}, r"whole numbers \[B, n\], not torch.int64 \[2\]"),
+        ({"start": torch.zeros(2, 2)}, r"whole numbers \[B, n\], not torch.float32"),
+        ({"start": torch.tensor([[0], [64]])}, "0 to 63; these are 0 to 64"),
     ],
 )
 def test_bad_arguments(model, change, message):

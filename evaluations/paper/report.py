@@ -1,0 +1,62 @@
+"""What the scripts of this folder leave: table.md for people, table.json with every number, plots."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from autoregressive.sample.job import device_name, start_processes, versions
+from autoregressive.sample.options import shown
+from evaluations.paper.protocol import Task
+from tokenizer.files import atomic_file, write_json
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+
+def write_report(
+    folder: Path,
+    name: str,
+    argv: Sequence[str] | None,
+    task: Task,
+    markdown: str,
+    numbers: Mapping[str, Any],
+    runs: Iterable[Path] = (),
+) -> None:
+    """Write table.md and table.json, and print the first.
+
+    Args:
+        folder: where.
+        name: of the table or figure, as "figure5".
+        argv: the script's arguments; None: the process's own.
+        task: of the protocol.
+        markdown: the table and what is to be said of it.
+        numbers: goes into table.json.
+        runs: folders of sampling runs, whose configurations go there too.
+    """
+    command = shlex.join(["bash", f"scripts/reproduce_{name}.sh", *(sys.argv[1:] if argv is None else argv)])
+    machine = device_name(start_processes("--cpu" in task.flags).device)
+    text = f"`{command}` on {machine}\n\n{markdown}\n"
+    configs = {}
+    for run in runs:
+        record = json.loads((run / "run.json").read_text())
+        configs[shown(run)] = {key: record[key] for key in ("settings", "device", "versions")}
+    about = {"command": command, "machine": machine, "versions": versions()}
+    write_json(folder / "table.json", about | dict(numbers) | {"runs": configs})
+    with atomic_file(folder / "table.md") as file:
+        file.write(text.encode())
+    print(text)
+    print(folder / "table.md")
+
+
+def save_plot(path: Path, figure: Figure) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all, and close it."""
+    figure.tight_layout()
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)

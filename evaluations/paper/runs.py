@@ -1,0 +1,166 @@
+"""Makes sure that a sampling run or an evaluation is there, and returns it: what is done is not done again.
+
+Sampling and evaluating are processes of their own, as from a shell; with NPROC in the environment, so many by torchrun.
+Their progress bars are seen as usual.
+"""
+
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoregressive.sample.job import start_processes
+from autoregressive.sample.labels import Classes
+from autoregressive.sample.options import ROOT, Options, parse_options, shown
+from autoregressive.sample.sampler import Blueprint
+from evaluations.clip import clip_title
+from evaluations.extractors import EvaluationError, folder_state, load_extractor
+from evaluations.features import Features, FolderImages, ImageSet, extract, open_set
+from evaluations.paper.protocol import ClassTask, Task, TextTask
+from evaluations.table import find_result, write_result
+
+
+def sampled(task: Task, cache: Mapping[str, Any] | None = None, seed: int = 0, images: int | None = None) -> Path:
+    """The folder of a complete sampling run, which is made or finished first if need be.
+
+    Args:
+        task: of a protocol.
+        cache: keys of CacheConfig and their values; None: the dense cache.
+        seed: of the run; equal seeds make the same noise for every cache.
+        images: how many; None: the task's own number.
+
+    Raises:
+        EvaluationError: sampling failed, and has told why.
+        OptionError, RunError, CheckpointError, TextEncoderError: nothing can be sampled like this.
+    """
+    images = task.images if images is None else images
+    argv = ["--config", str(task.config), *task.flags, *cache_flags(cache), "--seed", str(seed)]
+    argv += ["--num-fid-samples", str(images), "--sample-dir", str(task.sample_dir / f"{images}_images")]
+    if isinstance(task, TextTask):
+        argv += ["--prompts", str(task.prompts)]
+    script = importlib.import_module(f"autoregressive.sample.{task.script}")
+    job = script.job(argv)
+    if not job["folder"].is_complete(job["settings"]):
+        launch(Path(script.__file__), argv)
+    return job["folder"].path
+
+
+def cache_flags(cache: Mapping[str, Any] | None) -> list[str]:
+    """The flags of a cache, for the sampling scripts."""
+    flags = []
+    for key, value in (cache or {"policy": "full"}).items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--cache-{name}" if value else f"--no-cache-{name}")
+        else:
+            flags += [f"--cache-{name}", str(value)]
+    return flags
+
+
+def evaluated(samples: Path, task: ClassTask) -> dict[str, Any]:
+    """What fid.py says of a run, or of a folder of images, against the task's reference; kept in its metrics.json.
+
+    Raises:
+        EvaluationError: it failed, and has told why; or there is no such set.
+    """
+    patterns = class_patterns(task) if task.reference.is_dir() else None
+    ours, _, _ = open_set(samples, task.feature_extractor)
+    theirs, statistics, _ = open_set(task.reference, task.feature_extractor, classes=patterns)
+    wanted = {
+        "extractor": task.feature_extractor,
+        "image_size": None,
+        "samples_id": ours.identity,
+        "reference_id": (theirs or statistics).identity,
+    }
+    found = find_result(samples, "fid", wanted)
+    if found is None:
+        chosen = ["--reference-classes", *patterns] if patterns else []
+        flags = [str(samples), str(task.reference), "--feature-extractor", task.feature_extractor, *chosen]
+        found = json.loads(launch(ROOT / "evaluations" / "fid.py", flags))
+        write_result(samples, found)
+    return found
+
+
+def scored(run: Path, task: TextTask) -> dict[str, Any]:
+    """What clip_score.py says of a run; the scores of its images are in RUN / result["scores"].
+
+    Raises:
+        EvaluationError: it failed, and has told why.
+    """
+    wanted = {
+        "clip_model": clip_title(task.clip_model, task.clip_pretrained),
+        "clip_files": folder_state(task.clip_model),
+        "prefix": task.clip_prefix,
+        "samples_id": open_set(run, "")[0].identity,
+    }
+    found = find_result(run, "clip_score", wanted)
+    if found is None or not (run / found["scores"]).exists():
+        flags = [str(run), "--clip-model", task.clip_model, "--prefix", task.clip_prefix]
+        flags += [] if task.clip_pretrained is None else ["--pretrained", task.clip_pretrained]
+        found = json.loads(launch(ROOT / "evaluations" / "clip_score.py", flags))
+    return found
+
+
+def features_of(images: ImageSet | Features, task: ClassTask) -> Features:
+    """The task's features of a set of images, as :func:`open_set` finds one; from the file beside it, where it is."""
+    if isinstance(images, Features):
+        return images
+    state = start_processes("--cpu" in task.flags)
+    name = task.feature_extractor
+    return extract(images, name, lambda: load_extractor(name), state, batch_size=64, workers=0)
+
+
+def class_names(task: ClassTask) -> list[str]:
+    """Of the model's classes, one each."""
+    argv = ["--config", str(task.config), *task.flags]
+    options = parse_options(Options(), argv, script="job", description="", examples="")
+    Blueprint(options.model, torch.device("cpu"))  # tells the number of classes
+    return Classes(options.model, options.run).names
+
+
+def class_patterns(task: ClassTask) -> list[str] | None:
+    """Patterns for the folders of the reference's images that count; None: all of them."""
+    found = []
+    for pattern in task.reference_classes:
+        found += [pattern.replace("{class}", name) for name in class_names(task)] if "{class}" in pattern else [pattern]
+    return found or None
+
+
+def reference_images(task: ClassTask) -> FolderImages:
+    """The reference as images, for what needs more than their features.
+
+    Raises:
+        EvaluationError: the protocol names no folder of them, or it is not there.
+    """
+    folder = task.reference_images or task.reference
+    if not folder.is_dir():
+        raise EvaluationError(f"{shown(folder)}: no folder of the reference's images (c2i.reference_images)")
+    return FolderImages(folder, class_patterns(task))
+
+
+def launch(script: Path, argv: Sequence[str]) -> str:
+    """Run a script to its end, by NPROC processes, with its messages and progress on stderr.
+
+    Returns:
+        What it printed on stdout.
+
+    Raises:
+        EvaluationError: it ended with an error.
+    """
+    processes = os.environ.get("NPROC", "1")
+    command = [sys.executable]
+    if processes != "1":
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    told = shlex.join([shown(script), *argv])
+    print(f"-- {told}", file=sys.stderr)
+    done = subprocess.run([*command, str(script), *argv], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise EvaluationError(f"this has failed, see its message above: {told}")
+    return done.stdout
