@@ -1,0 +1,242 @@
+"""How well a model predicts real images when it sees only what its cache kept. See --help.
+
+The cheapest and least noisy measure of a cache: no sampling, no features, and every image is its own control.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import yaml  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils.data import default_collate  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from adsa import CacheConfig  # noqa: E402
+from autoregressive.models.checkpoint import load_model  # noqa: E402
+from autoregressive.models.generate import new_cache  # noqa: E402
+from autoregressive.models.gpt import Transformer  # noqa: E402
+from autoregressive.sample.job import device_name, guarded, start_processes, versions  # noqa: E402
+from autoregressive.sample.options import OptionError, Options, parse_options, shown  # noqa: E402
+from autoregressive.sample.sampler import PRECISIONS, Blueprint  # noqa: E402
+from autoregressive.train.gpt_training import CodeDataset  # noqa: E402
+from autoregressive.train.train_c2i import ClassDataset  # noqa: E402
+from autoregressive.train.train_t2i import CaptionDataset  # noqa: E402
+from autoregressive.train.training import TrainingError  # noqa: E402
+from evaluations.flags import positive  # noqa: E402
+from tokenizer.files import atomic_file, write_json  # noqa: E402
+
+EPILOG = """\
+A cache is written as full, or POLICY-BUDGET, with more keys of configs/README.md's section `cache` after a colon:
+adsa-256, keydiff-96:prefix=24,local=48, adsa-256:granularity=layer,renew_every=8. Those that are there already, in
+--output, are not measured again.
+
+example: all policies at a sixth of the demo's 576 tokens, with one split
+  python evaluations/perplexity.py --config configs/demo_dense.yaml --code-path codes/val --output results/compass \\
+      --caches {adsa,keydiff,h2o,random,streaming}-96:prefix=12,local=48"""
+
+
+@torch.no_grad()
+def token_losses(
+    model: Transformer,
+    tokens: Tensor,
+    cond: Tensor,
+    emb_masks: Tensor | None = None,
+    cache: CacheConfig | None = None,
+) -> Tensor:
+    """The model's loss on each token of images that are given to it token by token, through a KV cache.
+
+    Args:
+        model: in eval mode.
+        tokens: int64 ``[B, N]``, of real images.
+        cond, emb_masks: as :func:`~autoregressive.models.generate.generate` takes them. There is no guidance.
+        cache: what to keep; None: everything.
+
+    Returns:
+        float32 ``[B, N]``, nats.
+    """
+    batch, count = tokens.shape
+    kv = new_cache(model, batch, count, emb_masks, cache=cache)
+    position = torch.tensor([model.config.cls_token_num], device=tokens.device)
+    logits, _ = model(cond_idx=cond, cache=kv)
+    losses = []
+    for step in range(count):
+        losses.append(F.cross_entropy(logits[:, -1], tokens[:, step], reduction="none"))
+        if step < count - 1:
+            logits, _ = model(idx=tokens[:, step : step + 1], input_pos=position, cache=kv)
+            position += 1
+    return torch.stack(losses, dim=1)
+
+
+def parse_cache(text: str) -> CacheConfig:
+    """ "adsa-256:prefix=32" -> CacheConfig. Raises OptionError."""
+    name, _, rest = text.partition(":")
+    policy, _, budget = name.rpartition("-")
+    values: dict[str, Any] = {"policy": name}
+    if policy and budget.isdecimal():
+        values = {"policy": policy, "budget": int(budget)}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise OptionError(f"cache {text!r}: {pair!r} is not KEY=VALUE")
+        values[key] = yaml.safe_load(value)
+    try:
+        return CacheConfig.from_dict(values)
+    except ValueError as error:
+        raise OptionError(f"cache {text!r}: {error}") from error
+
+
+def cache_name(cache: CacheConfig) -> str:
+    """What :func:`parse_cache` reads, with the keys in order and those at their defaults left out."""
+    name = cache.policy if cache.budget is None else f"{cache.policy}-{cache.budget}"
+    told = [
+        f"{key.name}={str(value).lower() if isinstance(value, bool) else value}"
+        for key in fields(cache)
+        if key.name not in ("policy", "budget") and (value := getattr(cache, key.name)) != key.default
+    ]
+    return ":".join(filter(None, (name, ",".join(told))))
+
+
+class Compass:
+    """Measures caches on some images, and keeps what it found: one JSON file for each cache.
+
+    Args:
+        model, data: of one kind.
+        folder: where the files are.
+        images: how many images, spread evenly over the data.
+        batch_size: images at a time.
+        identity: what tells this model and these images from others.
+
+    Raises:
+        OptionError: the folder's files are of another model or other images.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        data: CodeDataset,
+        folder: Path,
+        *,
+        images: int,
+        batch_size: int,
+        identity: dict[str, Any],
+    ):
+        self.model, self.data, self.folder, self.batch_size = model, data, folder, batch_size
+        self.indices = np.linspace(0, len(data) - 1, min(images, len(data))).astype(int).tolist()
+        self.identity = json.loads(json.dumps(identity | {"images": len(self.indices)}))
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def measure(self, cache: CacheConfig) -> dict[str, Any]:
+        """What is known of a cache: "losses", nats a token for each image, and the settings; measured if need be."""
+        path = self.folder / f"{cache_name(cache).replace(':', '-').replace(',', '-')}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found["identity"] != self.identity:
+                raise OptionError(
+                    f"{path}: of another model, other images or another number of them; give another --output, or "
+                    f"delete it"
+                )
+            return found
+        start, losses = time.perf_counter(), []
+        device = self.model.tok_embeddings.weight.device
+        for first in tqdm(range(0, len(self.indices), self.batch_size), desc=cache_name(cache), unit=" batches"):
+            items = [self.data.item(index) for index in self.indices[first : first + self.batch_size]]
+            tokens, cond, *masks = (part.to(device) for part in default_collate(items))
+            if cond.is_floating_point():
+                cond = cond.to(self.model.tok_embeddings.weight.dtype)
+            losses += token_losses(self.model, tokens, cond, *masks, cache=cache).mean(1).tolist()
+        prefix, local = cache.split
+        found = {
+            "cache": asdict(cache) | {"prefix": prefix, "local": local},
+            "losses": losses,
+            "seconds": round(time.perf_counter() - start, 3),
+            "identity": self.identity,
+        }
+        write_json(path, found)
+        return found
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: mean loss of each cache, and its mean difference to the dense one with its standard error."""
+    dense = np.array(results["full"]["losses"])
+    lines = ["| cache | prefix + local | nats a token | more than dense | s |", "|---|---|---|---|---|"]
+    for name, found in results.items():
+        losses, cache = np.array(found["losses"]), found["cache"]
+        more = losses - dense
+        error = more.std(ddof=1) / len(more) ** 0.5 if len(more) > 1 else float("nan")
+        parts = "-" if cache["budget"] is None else f"{cache['prefix']} + {cache['local']}"
+        told = "" if name == "full" else f"{more.mean():+.4f} +- {error:.4f}"
+        lines.append(f"| {name} | {parts} | {losses.mean():.4f} | {told} | {found['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Loss on real images, given token by token through a KV cache: how much worse is the prediction "
+        "when the cache keeps only a part? The dense cache is measured too. Without guidance.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="sampling configuration that names the model")
+    add("--code-path", type=Path, required=True, metavar="DIR", help="images as made by extract_codes_c2i.py")
+    add("--text-path", type=Path, metavar="DIR", help="their captions, by extract_text_features.py; for text models")
+    add("--caches", nargs="+", default=[], metavar="CACHE", help="see below")
+    add("--images", type=positive, default=64, metavar="N", help="spread evenly over the data (default: 64)")
+    add("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
+    add("--output", type=Path, required=True, metavar="DIR", help="cells/*.json, table.md and table.json go here")
+    add("--cpu", action="store_true", help="use the CPU even where there is a GPU")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these arguments; None: the process's own."""
+    args = parse_args(argv)
+    caches = [CacheConfig("full"), *map(parse_cache, args.caches)]
+    state = start_processes(args.cpu)
+    if state.num_processes > 1:
+        raise OptionError("this is for one process")
+    defaults = Options() if args.text_path is None else Options.text_to_image()
+    options = parse_options(defaults, ["--config", args.config], script="job", description="", examples="")
+    blueprint = Blueprint(options.model, state.device)
+    try:
+        if args.text_path is None:
+            data = ClassDataset(args.code_path, 0, options.model.num_classes)
+        else:
+            data = CaptionDataset(args.code_path, args.text_path, 0, options.model.cls_token_num)
+    except TrainingError as error:
+        raise OptionError(str(error)) from error
+    if data.tokens != blueprint.tokens:
+        raise OptionError(f"{args.code_path}: images of {data.tokens} tokens; the model's have {blueprint.tokens}")
+    dtype = PRECISIONS[options.model.precision]
+    model = load_model(blueprint.gpt, options.model.gpt_ckpt, device=state.device, dtype=dtype)
+    identity = {"model": blueprint.fingerprints()["model.gpt_ckpt"], "precision": options.model.precision}
+    identity |= data.identity
+    compass = Compass(
+        model, data, args.output / "cells", images=args.images, batch_size=args.batch_size, identity=identity
+    )
+    results = {cache_name(cache): compass.measure(cache) for cache in caches}
+
+    command = " ".join(["python evaluations/perplexity.py", *(sys.argv[1:] if argv is None else argv)])
+    machine = device_name(state.device)
+    text = f"`{command}` on {machine}; {len(compass.indices)} images of {shown(args.code_path)}\n\n{table(results)}\n"
+    print(text)
+    with atomic_file(args.output / "table.md") as file:
+        file.write(text.encode())
+    about = {"command": command, "machine": machine, "versions": versions()}
+    write_json(args.output / "table.json", about | {"results": results})
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,75 @@
+"""The loss on real images through a cache."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from adsa import CacheConfig
+from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.sample.options import OptionError
+from evaluations.perplexity import cache_name, main, parse_cache, token_losses
+from tests.autoregressive.sample.conftest import CLASSES, tiny  # noqa: F401
+from tests.golden import fill_weights
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_dense_cache_gives_the_loss_of_whole_sequences(text):
+    args = {"dim": 32, "n_layer": 2, "n_head": 2, "block_size": 16, "vocab_size": 24, "num_classes": 5}
+    if text:
+        args |= {"model_type": "t2i", "caption_dim": 6, "cls_token_num": 4}
+    model = fill_weights(Transformer(ModelArgs(**args)), 1).double().eval()
+    generator = torch.manual_seed(0)
+    tokens = torch.randint(24, (3, 16), generator=generator)
+    cond = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64) if text else torch.tensor([0, 3, 4])
+    logits, _ = model(idx=tokens[:, :-1], cond_idx=cond)
+    expected = torch.nn.functional.cross_entropy(logits.mT, tokens, reduction="none")
+    for cache in (None, CacheConfig("adsa", 16, 2, 4)):
+        torch.testing.assert_close(token_losses(model, tokens, cond, cache=cache), expected, atol=1e-10, rtol=0)
+    sparse = token_losses(model, tokens, cond, cache=CacheConfig("adsa", 8, 2, 4))
+    torch.testing.assert_close(sparse[:, :9], expected[:, :9], atol=1e-10, rtol=0)  # nothing is gone by then
+    assert not torch.allclose(sparse[:, 9:], expected[:, 9:], atol=1e-6)
+
+
+def test_caches_are_written_and_read():
+    for text in ("full", "adsa-256", "keydiff-96:prefix=24,local=48", "adsa-64:granularity=layer,fold_condition=false"):
+        assert cache_name(parse_cache(text)) == text
+    assert parse_cache("adsa-96:local=48,prefix=0") == CacheConfig("adsa", 96, 0, 48)
+    for text in ("adsa", "adsa-96:locl=4", "nothing-5", "full:budget=3", "adsa-96:local"):
+        with pytest.raises(OptionError, match=f"cache '{text}'"):
+            parse_cache(text)
+
+
+@pytest.fixture
+def arguments(tiny, tmp_path):  # noqa: F811
+    codes = tmp_path / "codes"
+    codes.mkdir()
+    np.save(codes / "codes.npy", np.random.default_rng(0).integers(0, 64, (7, 1, 36)).astype(np.uint16))
+    np.save(codes / "labels.npy", np.arange(7))
+    (codes / "meta.json").write_text(json.dumps({"classes": CLASSES}))
+    config = tmp_path / "dense.yaml"
+    config.write_text(f"model:\n  gpt_ckpt: {tiny / 'gpt.safetensors'}\n  vq_ckpt: {tiny / 'vq.safetensors'}\n")
+    return ["--config", str(config), "--code-path", str(codes), "--output", str(tmp_path / "out"), "--cpu"]
+
+
+def test_the_script_measures_what_is_missing(arguments, tmp_path, capsys):
+    main([*arguments, "--caches", "adsa-12", "--images", "5", "--batch-size", "2"])
+    cells = tmp_path / "out" / "cells"
+    before = {path.name: path.stat().st_mtime_ns for path in cells.iterdir()}
+    assert set(before) == {"full.json", "adsa-12.json"}
+    main([*arguments, "--caches", "adsa-12", "window-12:local=12", "--images", "5", "--batch-size", "5"])
+    assert {path.name: path.stat().st_mtime_ns for path in cells.iterdir()}.items() > before.items()
+    told = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert list(told["results"]) == ["full", "adsa-12", "window-12:local=12"]
+    assert all(len(found["losses"]) == 5 for found in told["results"].values())
+    dense, sparse = (np.array(told["results"][name]["losses"]) for name in ("full", "adsa-12"))
+    assert f"{(sparse - dense).mean():+.4f}" in capsys.readouterr().out
+    with pytest.raises(OptionError, match="another number of them"):
+        main([*arguments, "--images", "4"])
+
+
+def test_codes_of_another_size_are_refused(arguments, tmp_path):
+    np.save(tmp_path / "codes" / "codes.npy", np.zeros((7, 1, 16), np.uint16))
+    with pytest.raises(OptionError, match="images of 16 tokens; the model's have 36"):
+        main(arguments)
