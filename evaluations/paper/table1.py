@@ -51,10 +51,6 @@ PAPER_TITLE = (
 HOW = """\
 Mean +- standard deviation over the seeds. KID is unbiased, FID falls with the number of images: compare it at equal
 counts only. Features by {extractor}: numbers of other extractors do not compare."""
-TESTS = """\
-Runs of equal seeds share their noise and classes, image by image. Each cell is the mean difference from dense, its
-95 % interval and p: by Student's t over {seeds} seed(s), and in the last column over all images, by a jackknife that
-leaves an image out of both runs (evaluations/paired.py), which sees smaller differences."""
 
 
 def section(task: ClassTask, resize: str) -> tuple[str, dict, list[Row]]:
@@ -76,8 +72,7 @@ def section(task: ClassTask, resize: str) -> tuple[str, dict, list[Row]]:
         note = f"The reconstructions are not measured: {error}."
     table = markdown(["cache", *(name for name, _, _ in METRICS.values()), *COSTS], lines)
     tests = differences({row.cost.title: row for row in sparse}, dense)
-    text = f"{table}\n\n{note}\n\n{TESTS.format(seeds=len(task.seeds))}\n\n{tests}"
-    return text, numbers, rows
+    return f"{table}\n\n{note}\n\n{tests}", numbers, rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
