@@ -167,7 +167,7 @@ class Sampler:
     """
 
     def __init__(self, blueprint: Blueprint, options: Options, device: torch.device):
-        self.tokens_per_image, self.grid = blueprint.tokens, blueprint.grid
+        self.tokens_per_image = blueprint.tokens
         self.sampling, self.cache, self.device = options.sampling, options.cache_config(), device
         torch.set_float32_matmul_precision("high")  # TF32, as LlamaGen samples
         torch.backends.cudnn.deterministic = True
@@ -237,21 +237,31 @@ class Sampler:
                 start=start,
             )
 
-    @torch.no_grad()
     def images(self, tokens: Tensor, size: int) -> np.ndarray:
-        """Decode tokens [B, N] to uint8 [B, size, size, 3]; resized as LlamaGen does (bicubic, no antialias).
-
-        A few images go at a time: the tokenizer's activations are larger than the models.
-        """
-        parts = []
+        """Decode tokens [B, N] to uint8 [B, size, size, 3], see :func:`decode_images`."""
         with self._timed("vq"):
-            for part in tokens.to(self.device).split(8 if self.device.type == "cuda" else 1):
-                shape = (len(part), self.vq.config.codebook_embed_dim, self.grid, self.grid)
-                decoded = self.vq.decode_code(part, shape)
-                if decoded.shape[-1] != size:
-                    decoded = F.interpolate(decoded, size=(size, size), mode="bicubic")
-                parts.append(to_uint8(decoded))
-        return np.concatenate(parts)
+            return decode_images(self.vq, tokens.to(self.device), size)
+
+
+@torch.no_grad()
+def decode_images(vq: VQModel, tokens: Tensor, size: int, *, antialias: bool = False) -> np.ndarray:
+    """Decode the tokens of square images, [B, N] on the model's device, to uint8 [B, size, size, 3].
+
+    A few images go at a time: the tokenizer's activations are larger than the models.
+
+    Args:
+        vq: the tokenizer.
+        tokens: codes, in raster order.
+        size: pixels along a side; the images are scaled to it (bicubic) where the tokenizer makes others.
+        antialias: scale as images are scaled down properly; else as LlamaGen does, which is not antialiased.
+    """
+    grid, parts = math.isqrt(tokens.shape[1]), []
+    for part in tokens.split(8 if tokens.device.type == "cuda" else 1):
+        decoded = vq.decode_code(part, (len(part), vq.config.codebook_embed_dim, grid, grid))
+        if decoded.shape[-1] != size:
+            decoded = F.interpolate(decoded, size=(size, size), mode="bicubic", antialias=antialias)
+        parts.append(to_uint8(decoded))
+    return np.concatenate(parts)
 
 
 def describe(kv: KVCache, images: int) -> dict[str, int]:

@@ -54,6 +54,11 @@ def write_report(
     print(folder / "table.md")
 
 
+def interval_told(mean: float, interval: Sequence[float], digits: int = 3) -> str:
+    """'0.912 (0.905 to 0.919)'."""
+    return f"{mean:.{digits}f} ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+
+
 def save_plot(path: Path, figure: Figure) -> None:
     """Write a matplotlib figure as PNG, whole or not at all, and close it."""
     figure.tight_layout()

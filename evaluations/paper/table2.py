@@ -1,0 +1,171 @@
+"""The paper's Table 2: CLIP score and R-precision, cache, memory and time of dense and of each budget. See --help."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from autoregressive.sample.job import guarded  # noqa: E402
+from evaluations.bootstrap import mean_interval  # noqa: E402
+from evaluations.paired import paired_t  # noqa: E402
+from evaluations.paper.protocol import TextTask, add_model_flag, load_protocol, output_folder  # noqa: E402
+from evaluations.paper.report import interval_told, write_report  # noqa: E402
+from evaluations.paper.rows import COSTS, NONE, Cost, markdown, spread, told, told_times  # noqa: E402
+from evaluations.paper.runs import sampled, scored  # noqa: E402
+
+DESCRIPTION = """\
+Table 2 of the paper: images of prompts by the dense cache and by ADSA at each budget, by CLIP score and R-precision
+with their intervals, with the slots, memory and time that they cost; deviation over the seeds, and paired tests against
+dense.
+
+Samples and scores what is not there yet, in the sample_dir of the protocol; started again, it goes on. Writes table.md
+and table.json. The demo's 6000 images take about four hours on two CPU cores, without a network."""
+
+# model: CLIP score, KV cache and context. All with 1024 tokens.
+PAPER = {
+    "LlamaGen-XL (dense)": ("0.287", "1024"),
+    "ADSA-768": ("0.287", "768 (-25.0 %)"),
+    "ADSA-640": ("0.287", "640 (-37.5 %)"),
+    "ADSA-512": ("0.286", "512 (-50.0 %)"),
+}
+PAPER_TITLE = """\
+## The paper's numbers, not ours
+
+LlamaGen-XL, 30 000 MS-COCO prompts, CLIP ViT-B/32 (arXiv 2506.18226, Table 2)."""
+HOW = """\
+Mean +- standard deviation over the seeds; in brackets the 95 % interval of the mean over prompts, by bootstrap, where a
+prompt's score is the mean of its images. R-precision: the share of images nearer to their own prompt than to 99 others.
+Scores by {model}, prefix {prefix!r}: numbers of other models or prefixes do not compare."""
+TESTS = """\
+Images of equal seeds and prompts share their noise. Differences from dense and their 95 % intervals: by seeds and by
+prompts (a prompt's images averaged over the seeds), Student's t with its p; and by prompts, bootstrap."""
+SCORES = {"clip_score": ("CLIP score", 4), "r_precision": ("R-precision", 4)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seeds alone, as they were scored.
+
+    Attributes:
+        cost: what they cost.
+        runs: their folders.
+        results: clip_score.py's, by seed.
+        scores: {"clip_score" and "r_precision": float64 [seeds, prompts]}; a score that can't be had is left out.
+    """
+
+    cost: Cost
+    runs: list[Path]
+    results: list[dict[str, Any]]
+    scores: dict[str, np.ndarray]
+
+    def cells(self) -> list[str]:
+        """The columns of SCORES and COSTS."""
+        found = []
+        for key, (_, digits) in SCORES.items():
+            if key not in self.scores:
+                found += [NONE, NONE]
+                continue
+            mean, low, high = map(float, mean_interval(self.scores[key].mean(0)))
+            found += [spread(list(self.scores[key].mean(1)), digits), interval_told(mean, (low, high), digits)]
+        return found + self.cost.cells()
+
+    def against(self, dense: "Row", key: str) -> dict[str, Any]:
+        """This less dense by one score: the tests over seeds and over prompts, and the bootstrap's interval."""
+        ours, theirs = self.scores[key], dense.scores[key]
+        mean, low, high = map(float, mean_interval((ours - theirs).mean(0)))
+        return {
+            "by_seeds": paired_t(ours.mean(1), theirs.mean(1)),
+            "by_prompts": paired_t(ours.mean(0), theirs.mean(0)),
+            "bootstrap": [mean, low, high],
+        }
+
+    def numbers(self, dense: "Row | None" = None) -> dict[str, Any]:
+        """For JSON."""
+        found: dict[str, Any] = {"title": self.cost.title, "cache": self.cost.cache, **self.cost.numbers()}
+        for key, values in self.scores.items():
+            mean, low, high = map(float, mean_interval(values.mean(0)))
+            found[key] = {"by_seed": values.mean(1).tolist(), "mean": mean, "interval": [low, high]}
+            if dense is not None:
+                less = self.against(dense, key)
+                found[key]["less_dense"] = {
+                    name: test if isinstance(test, list) else test and test.values() for name, test in less.items()
+                }
+        return found
+
+
+def text_row(task: TextTask, cache: Mapping[str, Any] | None) -> Row:
+    """Sample and score what is missing of a row."""
+    runs = [sampled(task, cache, seed) for seed in task.seeds]
+    results = [scored(run, task) for run in runs]
+    lines = [
+        [json.loads(line) for line in (run / result["scores"]).read_text(encoding="utf-8").splitlines()]
+        for run, result in zip(runs, results, strict=True)
+    ]
+    scores = {}
+    for key in SCORES:
+        values = [[line[key] for line in of_run] for of_run in lines]
+        if not any(None in of_run for of_run in values):
+            scores[key] = np.array(values, np.float64)
+    return Row(Cost.of(cache, runs), runs, results, scores)
+
+
+def differences(rows: Sequence[Row], dense: Row) -> str:
+    """The paired tests, as Markdown."""
+    keys = [key for key in SCORES if key in dense.scores]
+    columns, lines = ["less dense"], [[row.cost.title] for row in rows]
+    for key in keys:
+        name, digits = SCORES[key]
+        columns += [f"{name}, by seeds", "by prompts, t", "by prompts, bootstrap"]
+        for line, row in zip(lines, rows, strict=True):
+            found = row.against(dense, key)
+            mean, *interval = found["bootstrap"]
+            tests = (told(found["by_seeds"], digits), told(found["by_prompts"], digits))
+            line += [*tests, interval_told(mean, interval, digits)]
+    return markdown(columns, lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these arguments; None: the process's own."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flag(parser)
+    args = parser.parse_args(argv)
+    protocol = load_protocol(args.model)
+    task, folder = protocol.t2i, output_folder(args, "table2", protocol)
+    caches = [None, *({"policy": "adsa", "budget": budget} for budget in task.budgets)]
+    dense, *sparse = rows = [text_row(task, cache) for cache in caches]
+    first, columns = dense.results[0], ["cache"]
+    for name, _ in SCORES.values():
+        columns += [name, "95 % interval"]
+    text = [
+        f"## Measured\n\nModel {protocol.name}, {first['counts']['images']} images of each cache and seed, one for "
+        f"each prompt of {task.prompts}; seeds {', '.join(map(str, task.seeds))}.\n\n"
+        f"{HOW.format(model=first['clip_model'], prefix=task.clip_prefix)}",
+        markdown([*columns, *COSTS], [[row.cost.title, *row.cells()] for row in rows]),
+        TESTS,
+        differences(sparse, dense),
+        told_times([row.cost for row in rows]),
+        PAPER_TITLE,
+        markdown(["model", "CLIP score", "KV cache = context"], [[name, *cells] for name, cells in PAPER.items()]),
+    ]
+    kept = ("clip_model", "clip_weights", "prefix", "image_size", "prompts_sha256", "counts")
+    numbers = {
+        "model": protocol.name,
+        "seeds": task.seeds,
+        "prompts": str(task.prompts),
+        **{key: first[key] for key in kept},
+        "rows": [dense.numbers(), *(row.numbers(dense) for row in sparse)],
+        "paper": PAPER,
+    }
+    write_report(folder, "table2", argv, task, "\n\n".join(text), numbers, [run for row in rows for run in row.runs])
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The paper's Table 2: CLIP score and R-precision of the dense cache and of each budget, with memory and time.
+#
+#     bash scripts/reproduce_table2.sh                       the demo, offline; into results/table2
+#     NPROC=8 bash scripts/reproduce_table2.sh --model XL    the paper's own protocol, by 8 GPUs; into results/table2_XL
+#     bash scripts/reproduce_table2.sh --help
+#
+# Flags are those of evaluations/paper/table2.py; NPROC is for the sampling and the evaluations that it starts.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/scripts/setup_env.sh"
+setup_env
+
+cd "$root"
+exec "$PYTHON" evaluations/paper/table2.py "$@"
