@@ -1,9 +1,9 @@
-"""Put the metrics of several runs into one Markdown table, if they can be compared. See --help."""
+"""Put the metrics of several runs into Markdown tables, if they can be compared. See --help."""
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,20 @@ from evaluations.extractors import EvaluationError  # noqa: E402
 from tokenizer.files import write_json  # noqa: E402
 
 NAME = "metrics.json"
-# What results must share to stand in one table, or to replace each other in a metrics.json.
-SAME = {"extractor": "--feature-extractor", "reference_id": "--reference", "image_size": None}
+# What results must share to stand in one table: what it is called, and what to do about it. For fid.py's, also what an
+# earlier result shares with the one that replaces it in a metrics.json.
+SAME = {
+    "extractor": ("extractors", "choose one by --feature-extractor"),
+    "reference_id": ("references", "choose one by --reference"),
+    "image_size": ("image sizes", "evaluate all with the same --image-size"),
+}
+SAME_CLIP = {
+    "clip_model": ("CLIP models", "choose one by --clip-model"),
+    "clip_weights": ("weights", "score all runs anew"),
+    "prefix": ("prefixes", "score all with the same --prefix"),
+    "image_size": ("image sizes", "score all with the same --image-size"),
+    "prompts_sha256": ("prompts", "sample the same prompts"),
+}
 COLUMNS = {
     "FID": ("fid", 1, 2),
     "FID, extrapolated": ("fid_infinity", 1, 2),
@@ -25,6 +37,7 @@ COLUMNS = {
     "recall": ("recall", 1, 3),
     "KID x 1000": ("kid", 1000, 3),
 }
+COLUMNS_CLIP = {"CLIP score": ("clip_score", 1, 4), "R-precision": ("r_precision", 1, 4)}
 
 
 def write_result(run: Path, result: dict[str, Any], script: str = "fid", same: Iterable[str] = SAME) -> None:
@@ -55,58 +68,59 @@ def find_result(run: Path, script: str, wanted: dict[str, Any]) -> dict[str, Any
 
 
 def read_results(
-    runs: Sequence[Path], feature_extractor: str | None = None, reference: str | None = None
-) -> list[dict[str, Any]]:
-    """The results of fid.py for some runs, which are all of one extractor, reference and image size.
+    runs: Sequence[Path], script: str, same: Mapping[str, tuple[str, str]], **chosen: str | None
+) -> list[tuple[Path, dict[str, Any]]]:
+    """The results of a script for some runs, each with its run, which agree in what they must.
 
     Args:
         runs: folders with a metrics.json.
-        feature_extractor, reference: those to take, where there are several; the reference as fid.py was told it.
+        script: "fid" or "clip_score".
+        same: keys in which they agree, as SAME or SAME_CLIP.
+        chosen: take only results with these values, by key; None: any.
 
     Raises:
         EvaluationError: a run without such a result, or results that can't be compared.
     """
     found = []
     for run in runs:
-        if not (run / NAME).exists():
-            raise EvaluationError(f"{run / NAME}: no such file; python evaluations/fid.py {run} REFERENCE makes it")
-        results = _read(run / NAME).get("fid", [])
-        chosen = [
-            result
-            for result in results
-            if feature_extractor in (None, result["extractor"]) and reference in (None, result["reference"])
-        ]
-        if not chosen:
-            there = "; ".join(f"by {result['extractor']} against {result['reference']}" for result in results)
-            raise EvaluationError(f"{run / NAME}: has no such result; it has {there or 'none of fid.py'}")
-        found += [(run, result) for result in chosen]
-    for key, flag in SAME.items():
+        results = _read(run / NAME).get(script, [])
+        fitting = [result for result in results if all(value in (None, result[key]) for key, value in chosen.items())]
+        if not fitting:
+            there = "; ".join(" against ".join(str(result[key]) for key in chosen) for result in results)
+            raise EvaluationError(f"{run / NAME}: has no such result; it has {there or f'none of {script}.py'}")
+        found += [(run, result) for result in fitting]
+    for key, (what, cure) in same.items():
         name = key.removesuffix("_id")
         values = {result[key]: f"{result[name]} ({run})" for run, result in found}
         if len(values) > 1:
-            what = name.replace("_", " ")
-            cure = f"choose one by {flag}" if flag else "evaluate all with the same --image-size"
-            raise EvaluationError(f"results of different {what}s do not compare: {', '.join(values.values())}; {cure}")
-    return [result for _, result in found]
+            raise EvaluationError(f"results of different {what} do not compare: {', '.join(values.values())}; {cure}")
+    return found
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Results that compare, as Markdown: one row each."""
-    first = results[0]
-    columns = {title: column for title, column in COLUMNS.items() if any(r.get(column[0]) is not None for r in results)}
-    cropped = f", images cropped to {first['image_size']} pixels" if first["image_size"] else ""
-    lines = [
-        f"Extractor {first['extractor']}, reference {first['reference']}{cropped}:",
-        "",
-        f"| run | images | {' | '.join(columns)} |",
-        "|---|" + "---|" * (len(columns) + 1),
-    ]
-    for result in results:
-        cells = [Path(result["samples"]).name, str(result["counts"]["samples"])]
+def table(results: Sequence[tuple[Path, dict[str, Any]]], heading: str, columns: Mapping[str, tuple]) -> str:
+    """Results that compare, as Markdown: one row each.
+
+    Args:
+        results: from :func:`read_results`.
+        heading: a line above.
+        columns: COLUMNS or COLUMNS_CLIP; those that no result has are left out. One with an interval tells it.
+    """
+    columns = {
+        title: column for title, column in columns.items() if any(r.get(column[0]) is not None for _, r in results)
+    }
+    lines = [heading, "", f"| run | images | {' | '.join(columns)} |", "|---|" + "---|" * (len(columns) + 1)]
+    for run, result in results:
+        cells = [run.resolve().name, str(_count(result))]
         for key, scale, digits in columns.values():
-            cells.append("-" if result.get(key) is None else f"{scale * result[key]:.{digits}f}")
+            low_high = result.get(f"{key}_interval")
+            interval = f" ({' to '.join(f'{scale * end:.{digits}f}' for end in low_high)})" if low_high else ""
+            cells.append("-" if result.get(key) is None else f"{scale * result[key]:.{digits}f}{interval}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _count(result: dict[str, Any]) -> int:
+    return result["counts"].get("samples") or result["counts"]["images"]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -122,21 +136,39 @@ def _read(path: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these arguments; None: the process's own."""
     parser = argparse.ArgumentParser(
-        description="Put the metrics of several runs into one Markdown table. Results of different feature extractors, "
-        "references or image sizes are refused, since they do not compare."
+        description="Put the metrics of several runs into Markdown tables, those of fid.py and those of clip_score.py. "
+        "Results of different feature extractors, references, image sizes, CLIP models or prompts are refused, since "
+        "they do not compare."
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that evaluations/fid.py has looked at")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that has been evaluated")
     add("--feature-extractor", metavar="NAME", help="where runs have results by several")
     add("--reference", metavar="PATH", help="where runs have results against several; as fid.py was told it")
+    add("--clip-model", metavar="NAME", help="where runs have scores by several; as results call it")
     args = parser.parse_args(argv)
+    tables = []
     try:
-        results = read_results(args.runs, args.feature_extractor, args.reference)
+        for run in args.runs:
+            if not (run / NAME).exists():
+                raise EvaluationError(f"{run / NAME}: no such file; python evaluations/fid.py {run} REFERENCE makes it")
+        there = {script for run in args.runs for script, results in _read(run / NAME).items() if results}
+        if "fid" in there or "clip_score" not in there:
+            chosen = {"extractor": args.feature_extractor, "reference": args.reference}
+            results = read_results(args.runs, "fid", SAME, **chosen)
+            first = results[0][1]
+            cropped = f", images cropped to {first['image_size']} pixels" if first["image_size"] else ""
+            heading = f"Extractor {first['extractor']}, reference {first['reference']}{cropped}:"
+            tables.append(table(results, heading, COLUMNS))
+            if len({_count(result) for _, result in results}) > 1:
+                print("note: these runs have different numbers of images, and FID falls with it", file=sys.stderr)
+        if "clip_score" in there:
+            results = read_results(args.runs, "clip_score", SAME_CLIP, clip_model=args.clip_model)
+            first = results[0][1]
+            heading = f"CLIP {first['clip_model']}, prefix {first['prefix']!r}, 95 % intervals over images:"
+            tables.append(table(results, heading, COLUMNS_CLIP))
     except EvaluationError as error:
         sys.exit(f"error: {error}")
-    print(table(results))
-    if len({result["counts"]["samples"] for result in results}) > 1:
-        print("note: these runs have different numbers of images, and FID falls with it", file=sys.stderr)
+    print("\n\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,54 @@ def test_what_does_not_compare_is_refused(runs, capsys, changed, message):
     assert capsys.readouterr().out == ""
 
 
+def score(run, **changed):
+    plain = {
+        "run": run,
+        "clip_model": "demo/clip",
+        "clip_weights": "w1",
+        "prefix": "",
+        "image_size": 256,
+        "prompts_sha256": "p1",
+        "counts": {"images": 500, "prompts": 490},
+        "clip_score": 0.3125,
+        "clip_score_interval": [0.31, 0.315],
+        "r_precision": None,
+        "r_precision_interval": None,
+    }
+    return plain | changed
+
+
+def test_clip_scores_in_a_table_of_their_own(runs, tmp_path, capsys):
+    paths = runs(dense=[{}], adsa=[{}])
+    for path in paths:
+        write_result(tmp_path / path, score(path), "clip_score", ("clip_model",))
+    main(paths)
+    first, second = capsys.readouterr().out.split("\n\nCLIP ")
+    assert first.startswith("Extractor net")
+    assert second == (
+        "demo/clip, prefix '', 95 % intervals over images:\n\n| run | images | CLIP score |\n|---|---|---|\n"
+        "| dense | 500 | 0.3125 (0.3100 to 0.3150) |\n| adsa | 500 | 0.3125 (0.3100 to 0.3150) |\n"
+    )
+    (tmp_path / "text").mkdir()
+    write_result(tmp_path / "text", score("text"), "clip_score", ("clip_model",))
+    main([str(tmp_path / "text")])
+    assert "Extractor" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"has no such result; it has none of fid\.py"):
+        main([*paths, str(tmp_path / "text")])
+
+
+def test_scores_that_do_not_compare_are_refused(tmp_path):
+    for name, changed in (("one", {}), ("two", {"prompts_sha256": "p2"})):
+        (tmp_path / name).mkdir()
+        write_result(tmp_path / name, score(name, **changed), "clip_score", ("clip_model",))
+    with pytest.raises(
+        SystemExit, match=r"different prompts do not compare: p1 .*one.*p2 .*two.*sample the same prompts"
+    ):
+        main([str(tmp_path / "one"), str(tmp_path / "two")])
+    with pytest.raises(SystemExit, match="has no such result; it has demo/clip"):
+        main([str(tmp_path / "one"), "--clip-model", "ViT-B-32/openai"])
+
+
 def test_one_of_several_results_is_chosen(runs, capsys):
     both = [{}, {"extractor": "other", "fid": 1.0}, {"reference_id": "r2", "reference": "b.npz", "fid": 2.0}]
     paths = runs(dense=both, adsa=both)
@@ -74,7 +122,7 @@ def test_one_of_several_results_is_chosen(runs, capsys):
     assert capsys.readouterr().out.count("| 1.00 |") == 2
     main([*paths, "--reference", "b.npz"])
     assert capsys.readouterr().out.count("| 2.00 |") == 2
-    with pytest.raises(SystemExit, match=r"has no such result; it has by net against ref.npz; by other against"):
+    with pytest.raises(SystemExit, match=r"has no such result; it has net against ref.npz; other against"):
         main([*paths, "--feature-extractor", "third"])
 
 
