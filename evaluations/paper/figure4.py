@@ -55,6 +55,7 @@ REGIONS = ("whole image", "below what is fixed")
 PAIRS = ("share fixed", "nothing fixed", "other classes")
 TITLES = {"features": "cosine of features", "histogram": "histogram intersection", "colour": "distance of mean colours"}
 ROWS = 6  # of the picture
+Statistics = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # {measure: mean, low, high}
 
 
 def fixed_tokens(tokens: int) -> list[int]:
@@ -193,8 +194,8 @@ def picture(found: Continued, names: Sequence[str]) -> Image.Image:
     return image_grid(images, len(images) // rows, texts)
 
 
-def curve(statistics: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
-    """Likeness against the share that is fixed; for statistics see :func:`main`."""
+def curve(statistics: Statistics) -> Figure:
+    """Likeness against the share that is fixed; see :func:`main`."""
     figure, axes = plt.subplots(len(REGIONS), len(MEASURES), figsize=(11, 6.2), sharex=True, squeeze=False)
     for column, (name, (mean, low, high)) in enumerate(statistics.items()):
         for row, region in enumerate(REGIONS):
@@ -210,19 +211,27 @@ def curve(statistics: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> F
     return figure
 
 
-def table(statistics: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], tokens: int) -> str:
-    """Markdown, a row for each region and share; for statistics see :func:`main`."""
-    titles = [column for title in TITLES.values() for column in (title, "same class, other class")]
+def table(statistics: Statistics, gains: Statistics, tokens: int) -> str:
+    """Markdown, a row for each region and share; see :func:`main`."""
+    titles = [column for title in TITLES.values() for column in (title, "less nothing fixed", "other classes")]
     lines = []
     for region, part in enumerate(REGIONS):
         for share, count in enumerate(fixed_tokens(tokens)):
             cells = [part, f"{SHARES[share]} %", str(count)]
-            for mean, low, high in statistics.values():
-                own = (region, 0, share)
-                same, other = mean[region, 1:, share]
-                cells += [interval_told(mean[own], (low[own], high[own])), f"{same:.3f}, {other:.3f}"]
+            for name, (mean, low, high) in statistics.items():
+                gain, *edges = (values[region, share] for values in gains[name])
+                own, other = (region, 0, share), mean[region, 2, share]
+                cells += [interval_told(mean[own], (low[own], high[own])), interval_told(gain, edges), f"{other:.3f}"]
             lines.append(cells)
     return markdown(["part", "fixed", "tokens", *titles], lines)
+
+
+def plain(statistics: Statistics) -> dict[str, dict[str, list]]:
+    """For JSON."""
+    return {
+        name: {"mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
+        for name, (mean, low, high) in statistics.items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -253,9 +262,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = (np.load(file) for file in tqdm(found.batches, desc="comparing", unit=" batches"))
     decoded = ((found.images(tokens["first"]), found.images(tokens["others"])) for tokens in pairs)
     likeness = likenesses(decoded, labels, tops, extractor.to(sampler.device))
-    # [2, 3, S] each: of REGIONS, PAIRS and SHARES.
+    # For each of REGIONS, PAIRS and SHARES: [2, 3, S]; and [2, S], what is gained by fixing a share.
     statistics = {name: mean_interval(np.moveaxis(values, -1, 0)) for name, values in likeness.items()}
-    gain = {name: mean_interval(np.moveaxis(values[:, 0] - values[:, 1], -1, 0)) for name, values in likeness.items()}
+    gains = {name: mean_interval(np.moveaxis(values[:, 0] - values[:, 1], -1, 0)) for name, values in likeness.items()}
     save_plot(folder / "curve.png", curve(statistics))
 
     images = f"{args.images} images, {args.variants} others for each and each share"
@@ -265,11 +274,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 ![likeness against the share fixed](curve.png)
 
 Likeness to the image whose first tokens are fixed, by {task.feature_extractor} and by colours: mean over {images}
-(and 95 % interval, bootstrap over images). Beside it the same, on the same part of the image, for pairs of the same
-class with nothing fixed, and for pairs of other classes.
+(and 95 % interval, bootstrap over images). Beside it how much that is more than for pairs of the same class with
+nothing fixed, image by image, and what pairs of other classes have; both on the same part of the image.
 
-{table(statistics, sampler.tokens_per_image)}"""
-    keys = ("mean", "low", "high")
+{table(statistics, gains, sampler.tokens_per_image)}"""
+
     numbers = {
         "seed": task.seeds[0],
         "images": args.images,
@@ -279,10 +288,8 @@ class with nothing fixed, and for pairs of other classes.
         "tokens": fixed_tokens(sampler.tokens_per_image),
         "first_row_below": tops,
         "axes": {"regions": REGIONS, "pairs": PAIRS},
-        "likeness": {n: dict(zip(keys, (p.tolist() for p in v), strict=True)) for n, v in statistics.items()},
-        "share_fixed_less_nothing_fixed": {
-            n: dict(zip(keys, (p.tolist() for p in v), strict=True)) for n, v in gain.items()
-        },
+        "likeness": plain(statistics),
+        "less_nothing_fixed": plain(gains),
     }
     write_report(folder, "figure4", argv, task, text, numbers, [found.folder])
 

@@ -1,6 +1,6 @@
 """Figure 5: a small recency window alone, beside ADSA and streaming (prefix and window) at its budget, and dense.
 
-    bash scripts/reproduce_figure5.sh                  the demo: about 15 minutes on two cores
+    bash scripts/reproduce_figure5.sh                  the demo: about 20 minutes on two cores
     bash scripts/reproduce_figure5.sh --model XL       LlamaGen-XL: for a GPU
 
 Samples the same seeds and classes by each cache, unless they are there. Leaves figure5.png, with a row for each cache

@@ -1,6 +1,6 @@
 """Sharper details? Spatial frequencies of images by the dense cache, by each budget, and of the data.
 
-    bash scripts/reproduce_spectrum.sh                  the demo: a minute, once Table 1's first runs are there
+    bash scripts/reproduce_spectrum.sh                  the demo: two minutes, once Table 1's runs are there
     bash scripts/reproduce_spectrum.sh --model XL       LlamaGen-XL: for a GPU
 
 Takes the runs of the first seed that Table 1 is made of, and samples what is not there. Leaves in its folder
