@@ -26,6 +26,7 @@ from autoregressive.sample.job import guarded, versions  # noqa: E402
 from autoregressive.sample.labels import Classes  # noqa: E402
 from autoregressive.sample.options import ModelOptions, RunOptions  # noqa: E402
 from autoregressive.sample.prompts import number  # noqa: E402
+from evaluations.bootstrap import CONFIDENCE, RESAMPLES  # noqa: E402
 from evaluations.extractors import EvaluationError  # noqa: E402
 from evaluations.features import ImageSet, open_set  # noqa: E402
 from evaluations.flags import positive  # noqa: E402
@@ -36,8 +37,8 @@ QUESTIONS = {"match": "fits the words better", "quality": "looks better"}
 CHOICES = ("left", "same", "right")
 A, B, TIE, MISSING = 0, 1, 2, -1  # what a vote is for
 RATER = re.compile(r"[a-z0-9-]{1,32}")
-RESAMPLES, SEED = 10_000, 2020  # of the bootstrap
-# What two runs must share for their images to make fair pairs; their seeds and conditions are compared one by one.
+SEED = 2020  # of the bootstrap
+# What two runs must share for their images to make fair pairs; their classes or prompts are compared one by one.
 SAME = ("model.gpt_type", "run.seed", "run.num_fid_samples", "run.image_size_eval")
 
 EPILOG = """\
@@ -116,7 +117,6 @@ class Run:
         images: in order.
         conditions: the class or prompt of each image.
         words: what raters are told for it.
-        seeds: of each image.
     """
 
     path: Path
@@ -124,7 +124,6 @@ class Run:
     images: ImageSet
     conditions: list[Hashable]
     words: list[str]
-    seeds: list[int]
 
 
 def open_run(path: Path, class_names: Path | None = None) -> Run:
@@ -137,7 +136,6 @@ def open_run(path: Path, class_names: Path | None = None) -> Run:
     try:
         record = json.loads((path / "run.json").read_text())
         settings, model, run = record["settings"], record["config"]["model"], record["config"]["run"]
-        seeds = np.load(path / "seeds.npy").tolist()
         if model["gpt_type"] == "t2i":
             if class_names is not None:
                 raise EvaluationError(f"{path}: a run of prompts, which --class-names {class_names} says nothing about")
@@ -145,11 +143,10 @@ def open_run(path: Path, class_names: Path | None = None) -> Run:
         else:
             conditions = np.load(path / "labels.npy").tolist()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(f"{path}: not readable as a run ({error!r}); sample it again") from error
-    if not len(images) == len(seeds) == len(conditions):
-        raise EvaluationError(
-            f"{path}: {len(images)} images, {len(seeds)} seeds, {len(conditions)} classes or prompts; sample it again"
-        )
+        told = f"{type(error).__name__}: {error}"
+        raise EvaluationError(f"{path}: not readable as a run ({told}); sample it again") from error
+    if len(images) != len(conditions):
+        raise EvaluationError(f"{path}: {len(images)} images, {len(conditions)} classes or prompts; sample it again")
     words = conditions
     if model["gpt_type"] == "c2i":
         classes = Classes(
@@ -162,7 +159,7 @@ def open_run(path: Path, class_names: Path | None = None) -> Run:
                 f"{model['gpt_ckpt']}; name one by --class-names FILE"
             )
         words = [classes.names[label] for label in conditions]
-    return Run(path, settings, images, conditions, words, seeds)
+    return Run(path, settings, images, conditions, words)
 
 
 def differences(a: Run, b: Run) -> dict[str, list[Any]]:
@@ -176,11 +173,10 @@ def differences(a: Run, b: Run) -> dict[str, list[Any]]:
     unfair = [f"{key} is {differ[key][0]!r} and {differ[key][1]!r}" for key in SAME if key in differ]
     if unfair:
         raise EvaluationError(f"{both} make no fair pairs: {'; '.join(unfair)}. Sample both with the same")
-    for name, theirs in (("seeds", (a.seeds, b.seeds)), ("classes or prompts", (a.conditions, b.conditions))):
-        first = next((i for i, (x, y) in enumerate(zip(*theirs, strict=True)) if x != y), None)
-        if first is not None:
-            told = f"those of image {first} are {theirs[0][first]!r} and {theirs[1][first]!r}"
-            raise EvaluationError(f"{both} have other {name}: {told}. Sample both with the same")
+    for index, pair in enumerate(zip(a.conditions, b.conditions, strict=True)):
+        if pair[0] != pair[1]:
+            told = f"those of image {index} are {pair[0]!r} and {pair[1]!r}"
+            raise EvaluationError(f"{both} have other classes or prompts: {told}. Sample both with the same")
     if not differ:
         raise EvaluationError(f"{both} have the same settings throughout: there is nothing to tell apart")
     return differ
@@ -236,10 +232,8 @@ def make(
         raise EvaluationError(f"{key_file}: is a study already, whose ballots need it; choose another --output")
     page_file.parent.mkdir(parents=True, exist_ok=True)
 
-    chance, names, study = secrets.SystemRandom(), set(), secrets.token_hex(4)
-    while len(names) < 2 * pairs:
-        names.add(secrets.token_hex(4))
-    names = iter(chance.sample(sorted(names), 2 * pairs))
+    chance, study = secrets.SystemRandom(), secrets.token_hex(4)
+    names = (f"{name:08x}" for name in chance.sample(range(2**32), 2 * pairs))
     key_pairs, page_pairs = [], []
     chosen = [worded[i] for i in choose([a.conditions[index] for index in worded], pairs, seed)]
     for index in tqdm(chosen, desc="pairs", unit=" pairs", disable=None):
@@ -322,8 +316,8 @@ def read_ballot(path: Path, key: dict[str, Any]) -> Ballot:
     """Read a ballot strictly.
 
     Raises:
-        EvaluationError: not a ballot, of another study, damaged or edited, or an answer that misses something. A ballot
-            that ends early is none.
+        EvaluationError: not a ballot, of another study, damaged or edited, or an answer that misses something. That a
+            rater stopped early is no error here.
     """
     cure = "ask the rater to save the ballot again"
     try:
@@ -385,15 +379,15 @@ def shares(votes: np.ndarray) -> dict[str, dict[str, Any]]:
         votes: int [raters, pairs]: A, B, TIE or MISSING.
     """
     rng = np.random.default_rng(SEED)
-    raters, pairs = (rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) for n in votes.shape)
+    raters, pairs = (rng.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64) for n in votes.shape)
 
     def drawn(which: np.ndarray) -> np.ndarray:
-        return ((raters @ which.astype(np.int64)) * pairs).sum(1)
+        return ((raters @ which) * pairs).sum(1)  # [RESAMPLES]
 
-    there = drawn(votes != MISSING)
+    there, tail = drawn(votes != MISSING), 50 * (1 - CONFIDENCE)
     found = {}
     for name, value in (("A", A), ("B", B), ("tie", TIE)):
-        low, high = np.percentile(drawn(votes == value)[there > 0] / there[there > 0], [2.5, 97.5])
+        low, high = np.percentile(drawn(votes == value)[there > 0] / there[there > 0], [tail, 100 - tail])
         share = (votes == value).sum() / (votes != MISSING).sum()
         found[name] = {"share": float(share), "interval": [float(low), float(high)]}
     return found
@@ -446,7 +440,8 @@ def score(folder: Path, paths: Sequence[Path], *, use_incomplete: bool = False) 
         What result.json holds.
 
     Raises:
-        EvaluationError: the message names the file and the way out.
+        EvaluationError: see :func:`read_ballot`; also two ballots of one rater, synthetic ones among people's, or none
+            that is complete.
     """
     key = read_key(folder)
     total, ballots = len(key["pairs"]) + key["repeats"], {}
@@ -479,7 +474,7 @@ def score(folder: Path, paths: Sequence[Path], *, use_incomplete: bool = False) 
         "questions": {},
         "raters": {},
         "incomplete": {r: {"answers": n, "of": total, "used": r in used} for r, n in short.items()},
-        "protocol": {"confidence": 0.95, "bootstrap_resamples": RESAMPLES, "seed": SEED},
+        "protocol": {"confidence": CONFIDENCE, "bootstrap_resamples": RESAMPLES, "seed": SEED},
     }
     for question in QUESTIONS:
         votes = np.stack([ballot.votes[question] for ballot in used.values()])
