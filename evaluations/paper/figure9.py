@@ -130,8 +130,8 @@ def measure(shape: Shape, config: CacheConfig, images: int, device: str) -> dict
 
     Returns:
         "allocated" and "kv": bytes of the cache by its storages, in all and of keys and values alone. And by torch's
-        allocator on CUDA, by the process' resident memory on the CPU: "weights", "cache", and "step", what the
-        decode step took at its peak beyond both.
+        allocator on CUDA, by the process' resident memory on the CPU: "weights", "cache", and "step", what taking in
+        the condition and the last token took at its peak beyond both.
     """
     gpt, vq = shape.models()
     base = in_use(device)
@@ -149,8 +149,8 @@ def measure(shape: Shape, config: CacheConfig, images: int, device: str) -> dict
     cache = in_use(device) - base - weights
 
     for layer in kv.layers:  # as full as they are before the last token
-        empty = torch.zeros(kv.batch, args.kv_heads, args.cls_token_num, args.head_dim, device=device)
-        layer.insert_condition(empty, empty)
+        zeros = torch.zeros(1, device=device).expand(kv.batch, args.kv_heads, args.cls_token_num, args.head_dim)
+        layer.insert_condition(zeros, zeros)
         layer.count = min(layer.capacity, args.block_size - 1)
     token = torch.zeros(kv.batch, 1, dtype=torch.long, device=device)
     position = torch.tensor([args.cls_token_num + args.block_size - 1], device=device)
