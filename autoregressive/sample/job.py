@@ -140,7 +140,8 @@ def _sample(
         tokens = sampler.tokens(cond, torch.from_numpy(seeds[batch.start : batch.stop]), masks)
         images = sampler.images(tokens, folder.image_size)
         written = time.perf_counter()
-        folder.write_images(batch, images)
+        kept = tokens.cpu().numpy().astype(np.min_scalar_type(sampler.vq.config.codebook_size - 1))
+        folder.write_images(batch, images, kept)
         seconds["io"] += time.perf_counter() - written
         report["images"] += len(batch)
     report["wall_seconds"] = round(time.perf_counter() - start, 3)

@@ -2,6 +2,8 @@
 
     run.json            the whole configuration, versions, timings, memory (`status` is "complete" at the end)
     images/000000.png   one file per image, each appearing only once it is whole
+    tokens/000000.npy   the tokens that the image is decoded from, [N], in the smallest unsigned integers that hold the
+                        codebook; written before the image. A run of decode_tokens.py has none
     labels.npy ...      what the caller records about the images
     samples.npz         all images as one array `arr_0`, uint8 [N, H, W, 3], for evaluation
 
@@ -14,7 +16,7 @@ import os
 import struct
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,15 +62,29 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-class RunFolder:
-    """One run of `total` square images of `image_size` pixels.
+def read_record(run: Path) -> dict[str, Any]:
+    """What run.json says of a run. Raises RunError if there is none that can be read."""
+    path = run / "run.json"
+    try:
+        record = json.loads(path.read_text())
+        if not {"settings", "status"} <= record.keys():
+            raise ValueError("settings or status are missing")
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"{path}: not readable as a run ({error}); expected the folder of a sampling run") from error
+    return record
 
-    Every process may write images; the other methods are for the main process alone.
+
+class RunFolder:
+    """One run of `total` square images of `image_size` pixels, with their tokens if `keeps_tokens`.
+
+    Every process may read and write images and tokens; the other methods are for the main process alone.
     """
 
-    def __init__(self, path: str | Path, total: int, image_size: int):
+    def __init__(self, path: str | Path, total: int, image_size: int, *, keeps_tokens: bool = True):
         self.path = Path(path)
         self.images = self.path / "images"
+        self.tokens = self.path / "tokens"
+        self.keeps_tokens = keeps_tokens
         self.npz = self.path / "samples.npz"
         self.total = total
         self.image_size = image_size
@@ -79,14 +95,18 @@ class RunFolder:
         """Where an image belongs."""
         return self.images / f"{index:06d}.png"
 
+    def token_file(self, index: int) -> Path:
+        """Where the tokens of an image belong."""
+        return self.tokens / f"{index:06d}.npy"
+
     def is_complete(self, settings: Mapping[str, Any]) -> bool:
         """Whether this very run is done, by its own word; looks at no image, and opens nothing."""
         try:
-            record = json.loads((self.path / "run.json").read_text())
-            there, here = record["settings"], json.loads(json.dumps(settings))
-        except (OSError, ValueError, KeyError, TypeError):
+            record = read_record(self.path)
+        except RunError:
             return False  # which `open` explains
-        return record.get("status") == "complete" and there == here and self.npz.exists()
+        same = record["settings"] == json.loads(json.dumps(settings))
+        return same and record["status"] == "complete" and self.npz.exists()
 
     def open(self, settings: Mapping[str, Any], details: Mapping[str, Any], files: Mapping[str, bytes]) -> list[int]:
         """Start the run, or go on with it.
@@ -105,10 +125,12 @@ class RunFolder:
         try:
             with explained(self.path):
                 self.images.mkdir(parents=True, exist_ok=True)
+                if self.keeps_tokens:
+                    self.tokens.mkdir(exist_ok=True)
                 self._take_lock()
             earlier = self._earlier(settings)
             with explained(self.path):
-                for folder in (self.path, self.images):  # what a killed process left half-written
+                for folder in (self.path, self.images, self.tokens):  # what a killed process left half-written
                     remove_partial(folder)
                 for name, content in files.items():
                     with atomic_file(self.path / name) as file:
@@ -179,8 +201,10 @@ class RunFolder:
             return [index for index, good in enumerate(whole) if not good]
 
     def _is_whole(self, index: int) -> bool:
-        """Both ends of the PNG and its size are right. What lies between is, since files appear whole."""
+        """Both ends of the PNG and its size are right, and there are tokens. The rest is, since files appear whole."""
         try:
+            if self.keeps_tokens and not self.token_file(index).stat().st_size:
+                return False
             with open(self.image(index), "rb") as file:
                 start = file.read(24)
                 file.seek(-len(PNG_END), os.SEEK_END)
@@ -191,10 +215,29 @@ class RunFolder:
             start[:8] == PNG_START and struct.unpack(">II", start[16:24]) == (self.image_size,) * 2 and end == PNG_END
         )
 
-    def write_images(self, indices: Iterable[int], images: np.ndarray) -> None:
-        """Write uint8 [B, H, W, 3] under their indices. Raises RunError if the folder won't take them."""
+    def write_images(self, indices: Sequence[int], images: np.ndarray, tokens: np.ndarray | None = None) -> None:
+        """Write uint8 [B, H, W, 3] and their tokens, [B, N], under their indices.
+
+        Raises RunError if the folder won't take them.
+        """
         with explained(self.images), ThreadPoolExecutor(WRITERS) as pool:
+            if self.keeps_tokens:
+                list(pool.map(self._write_tokens, indices, tokens))
             list(pool.map(save_image_atomic, map(self.image, indices), images))
+
+    def _write_tokens(self, index: int, tokens: np.ndarray) -> None:
+        with atomic_file(self.token_file(index)) as file:
+            file.write(npy_bytes(tokens))
+
+    def read_tokens(self, index: int) -> np.ndarray:
+        """The tokens of an image, [N]. Raises RunError if they are not there."""
+        path = self.token_file(index)
+        try:
+            return np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            raise RunError(
+                f"{path}: no readable tokens ({error}); run the sampling command again: it makes them"
+            ) from error
 
     def count(self) -> int:
         """How many images there are, of all processes."""

@@ -45,19 +45,8 @@ class Blueprint:
         text = options.gpt_type == "t2i"
         demo = "configs/demo_t2i.yaml" if text else "configs/demo.yaml"
         gpt_name, gpt_args = _metadata(options.gpt_ckpt, "model.gpt_ckpt", demo)
-        vq_name, vq_args = _metadata(options.vq_ckpt, "model.vq_ckpt", demo)
-
-        options.vq_model = _registered(options.vq_model or vq_name or "VQ-16", VQ_models, "model.vq_model")
-        if options.vq_model != vq_name:
-            vq_args = {}
-        given = {"codebook_size": options.codebook_size, "codebook_embed_dim": options.codebook_embed_dim}
-        self.vq = _on_meta(VQ_models[options.vq_model], vq_args | _not_none(given), options.vq_ckpt)
-        options.codebook_size = self.vq.config.codebook_size
-        options.codebook_embed_dim = self.vq.config.codebook_embed_dim
-        size = self.vq.config.downsample_size
-        if options.downsample_size not in (None, size):
-            raise OptionError(f"model.downsample_size is {options.downsample_size}, but {options.vq_model}'s is {size}")
-        options.downsample_size = size
+        self.vq = tokenizer_on_meta(options, demo)
+        size = options.downsample_size
 
         name = options.gpt_model or gpt_name or ("GPT-XL" if text else "GPT-B")
         options.gpt_model = _registered(name, GPT_models, "model.gpt_model")
@@ -105,6 +94,26 @@ class Blueprint:
         """Name, size and hash of both checkpoints, by their option."""
         paths = {"model.gpt_ckpt": self.options.gpt_ckpt, "model.vq_ckpt": self.options.vq_ckpt}
         return {key: fingerprint(path) for key, path in paths.items()}
+
+
+def tokenizer_on_meta(options: ModelOptions, demo: str = "configs/demo.yaml") -> VQModel:
+    """The tokenizer on the meta device, by what the options and its checkpoint say; fills in its options.
+
+    Raises:
+        OptionError, CheckpointError: as :class:`Blueprint`.
+    """
+    vq_name, vq_args = _metadata(options.vq_ckpt, "model.vq_ckpt", demo)
+    options.vq_model = _registered(options.vq_model or vq_name or "VQ-16", VQ_models, "model.vq_model")
+    if options.vq_model != vq_name:
+        vq_args = {}
+    given = {"codebook_size": options.codebook_size, "codebook_embed_dim": options.codebook_embed_dim}
+    vq = _on_meta(VQ_models[options.vq_model], vq_args | _not_none(given), options.vq_ckpt)
+    options.codebook_size, options.codebook_embed_dim = vq.config.codebook_size, vq.config.codebook_embed_dim
+    size = vq.config.downsample_size
+    if options.downsample_size not in (None, size):
+        raise OptionError(f"model.downsample_size is {options.downsample_size}, but {options.vq_model}'s is {size}")
+    options.downsample_size = size
+    return vq
 
 
 def _metadata(path: str | None, key: str, demo: str) -> tuple[str | None, dict[str, Any]]:

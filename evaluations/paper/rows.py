@@ -1,6 +1,5 @@
 """What the tables share: runs of a cache, one for each seed; what they cost, and how they differ from dense."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,12 @@ import numpy as np
 
 from adsa import CacheConfig
 from autoregressive.sample.job import start_processes
+from autoregressive.sample.run_folder import read_record
 from autoregressive.sample.sampler import cache_title
 from evaluations.features import open_set
 from evaluations.paired import Difference, KernelSums, kernel_sums, kid_difference, paired_t
 from evaluations.paper.protocol import ClassTask
-from evaluations.paper.runs import class_patterns, evaluated, features_of, sampled
+from evaluations.paper.runs import class_patterns, evaluated, features_of, resized, sampled
 
 # key of fid.py: its title, what it is multiplied by, digits
 METRICS = {
@@ -42,7 +42,7 @@ class Cost:
 
     @classmethod
     def of(cls, cache: Mapping[str, Any] | None, runs: Sequence[Path]) -> "Cost":
-        return cls(cache, [json.loads((run / "run.json").read_text()) for run in runs])
+        return cls(cache, [read_record(run) for run in runs])
 
     @property
     def tokens(self) -> int:
@@ -126,10 +126,11 @@ class Row:
 
 
 def class_row(task: ClassTask, cache: Mapping[str, Any] | None, seeds: Sequence[int], resize: str = "llamagen") -> Row:
-    """Sample and evaluate what is missing of a row."""
+    """Sample and evaluate what is missing of a row; `resize` is one of the task's ways of scaling."""
     runs = [sampled(task, cache, seed) for seed in seeds]
-    results = [evaluated(run, task) for run in runs]
-    sums = [_sums(run, task) for run in runs]
+    images = [resized(run, task) if resize == "antialias" else run for run in runs]
+    results = [evaluated(folder, task) for folder in images]
+    sums = [_sums(folder, task) for folder in images]
     return Row(Cost.of(cache, runs), runs, results, None if None in sums else sums)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from autoregressive.sample import decode_tokens
 from autoregressive.sample.job import start_processes
 from autoregressive.sample.labels import Classes
 from autoregressive.sample.options import ROOT, Options, parse_options, shown
@@ -49,6 +50,19 @@ def sampled(task: Task, cache: Mapping[str, Any] | None = None, seed: int = 0, i
     job = script.job(argv)
     if not job["folder"].is_complete(job["settings"]):
         launch(Path(script.__file__), argv)
+    return job["folder"].path
+
+
+def resized(run: Path, task: Task) -> Path:
+    """The folder of a run's images scaled down antialiased, by decode_tokens.py from the tokens that it keeps.
+
+    Raises:
+        EvaluationError: it failed, and has told why.
+    """
+    argv = [str(run), "--antialias", *(["--cpu"] if "--cpu" in task.flags else [])]
+    job = decode_tokens.job(argv)
+    if not job["folder"].is_complete(job["settings"]):
+        launch(Path(decode_tokens.__file__), argv)
     return job["folder"].path
 
 

@@ -22,7 +22,7 @@ window (the newest tokens), in all eight combinations at each budget, by FID, In
 KID, with paired tests against dense.
 
 The slots of a part that is left out go to the selection, or without one to the local window, or without either to the
-prefix; the newest token always stays. With no part at all, nothing but that one token is cached.
+prefix; the newest token always stays. With no part at all, tokens are chosen at random.
 
 Samples and evaluates what is not there yet, in the sample_dir of the protocol; started again, it goes on. Writes
 table.md and table.json. The demo's 32 000 images take about eight hours on two CPU cores, without a network."""
@@ -43,9 +43,9 @@ PAPER_TITLE = (
 HOW = """\
 n of the first tokens always stay, m of the newest, and K of the others are chosen. What a missing part leaves goes to
 the selection, or without one to the local window, or without either to the prefix; m is at least 1, as the newest token
-attends to itself. In the row without any part the cache holds that one token alone, so that images come from it and the
-class; it does not use its budget, and is the same for all. Mean +- standard deviation over the seeds, where there are
-several. Features by {extractor}: numbers of other extractors do not compare."""
+attends to itself. In the row without any part the others are chosen at random, so that it too has its budget. Mean +-
+standard deviation over the seeds, where there are several. Features by {extractor}: numbers of other extractors do not
+compare."""
 
 
 def combination(budget: int, prefix: bool, select: bool, local: bool) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def combination(budget: int, prefix: bool, select: bool, local: bool) -> dict[st
         return {"policy": "streaming", "budget": budget, "prefix": n, "local": budget - n}
     if prefix:
         return {"policy": "streaming", "budget": budget, "prefix": budget - 1, "local": 1}
-    return {"policy": "streaming", "budget": 1, "prefix": 0, "local": 1}
+    return {"policy": "random", "budget": budget, "prefix": 0, "local": 1}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from autoregressive.sample.run_folder import RunError, RunFolder, npy_bytes
 
 SETTINGS = {"sampling.cfg_scale": 2.0, "model.gpt_ckpt": {"file": "a", "bytes": 1}}
 IMAGES = np.random.default_rng(0).integers(256, size=(5, 8, 8, 3)).astype(np.uint8)
+TOKENS = np.arange(20, dtype=np.uint16).reshape(5, 4)
 
 
 def opened(path, settings=SETTINGS, total=5):
@@ -23,7 +24,7 @@ def opened(path, settings=SETTINGS, total=5):
 def finished(tmp_path):
     folder, missing = opened(tmp_path / "run")
     assert missing == [0, 1, 2, 3, 4]
-    folder.write_images(range(5), IMAGES)
+    folder.write_images(range(5), IMAGES, TOKENS)
     folder.write_npz()
     folder.note(status="complete", images=5)
     folder.close()
@@ -65,9 +66,41 @@ def test_half_written_images_are_missing(finished):
     assert folder.record["earlier_sessions"][0]["images"] == 5
 
 
+def test_images_without_their_tokens_are_missing(finished):
+    assert np.array_equal(finished.read_tokens(3), TOKENS[3])
+    assert finished.read_tokens(3).dtype == np.uint16
+    finished.token_file(1).unlink()
+    finished.token_file(2).write_bytes(b"")
+    (finished.tokens / ".000001.npy.abc.part").write_bytes(b"half")
+    for index in (1, 2):
+        with pytest.raises(RunError, match=rf"00000{index}\.npy: no readable tokens .* run the sampling command again"):
+            finished.read_tokens(index)
+    assert opened(finished.path)[1] == [1, 2]
+    assert not list(finished.path.rglob("*.part"))
+
+
+def test_folder_without_tokens(tmp_path):
+    folder = RunFolder(tmp_path, 5, 8, keeps_tokens=False)
+    folder.open(SETTINGS, {}, {})
+    folder.write_images(range(5), IMAGES)
+    folder.close()
+    assert not folder.tokens.exists()
+    assert folder.open(SETTINGS, {}, {}) == []
+    folder.close()
+
+
+def test_complete_runs_are_known_by_their_settings(finished):
+    assert finished.is_complete(SETTINGS)
+    assert not finished.is_complete(SETTINGS | {"more": 1})
+    finished.npz.unlink()
+    assert not finished.is_complete(SETTINGS)
+    (finished.path / "run.json").write_text("{")
+    assert not finished.is_complete(SETTINGS)
+
+
 def test_earlier_sessions_are_told(tmp_path):
     folder, _ = opened(tmp_path)
-    folder.write_images(range(2), IMAGES[:2])
+    folder.write_images(range(2), IMAGES[:2], TOKENS[:2])
     folder.close()
     folder, missing = opened(tmp_path)
     assert missing == [2, 3, 4]
@@ -129,7 +162,7 @@ def test_full_disk_leaves_no_npz(finished, monkeypatch):
     monkeypatch.setattr(finished, "read_image", full)
     with pytest.raises(RunError, match=r"cannot write .*samples\.npz: No space left on device"):
         finished.write_npz()
-    assert sorted(path.name for path in finished.path.iterdir()) == ["images", "labels.npy", "run.json"]
+    assert sorted(path.name for path in finished.path.iterdir()) == ["images", "labels.npy", "run.json", "tokens"]
 
 
 def test_damaged_image_is_named(finished):

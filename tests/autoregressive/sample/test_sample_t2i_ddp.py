@@ -45,7 +45,9 @@ def copied(unbroken, prompts, tmp_path):
 
 def test_run_folder(unbroken):
     images = [f"images/{i:06d}.png" for i in range(7)]
-    assert sorted(content(unbroken)) == sorted([*images, "captions.txt", "result.jsonl", "samples.npz", "seeds.npy"])
+    tokens = [f"tokens/{i:06d}.npy" for i in range(7)]
+    others = ["captions.txt", "result.jsonl", "samples.npz", "seeds.npy"]
+    assert sorted(content(unbroken)) == sorted([*images, *tokens, *others])
     assert (unbroken / "captions.txt").read_text().split("\n") == [*PROMPTS, ""]
     rows = [json.loads(line) for line in (unbroken / "result.jsonl").read_text().splitlines()]
     assert rows == [

@@ -50,6 +50,26 @@ def test_without_the_reference_images(protocol_file, launched, tmp_path):
     assert json.loads((tmp_path / "out" / "table.json").read_text())["sections"][0]["vq_reconstructions"] is None
 
 
+def test_both_ways_of_scaling_down(protocol_file, launched, tmp_path):
+    """From one sampling, by its tokens."""
+    small = {"flags": ["--cpu", "--image-size-eval", "8"], "resizes": ["llamagen", "antialias"]}
+    path = protocol_file(c2i=small | {"seeds": [0], "budgets": [9]})
+    flags = ["--model", str(path), "--output", str(tmp_path / "out")]
+    table1.main(flags)
+    assert launched.count("sample_c2i_ddp") == launched.count("decode_tokens") == 2
+    sections = json.loads((tmp_path / "out" / "table.json").read_text())["sections"]
+    assert [section["resize"] for section in sections] == ["llamagen", "antialias"]
+    for ours, theirs in zip(*(section["rows"] for section in sections), strict=True):
+        assert ours["kid"] != theirs["kid"]
+        assert ours["images_per_second"] == theirs["images_per_second"]
+    assert sections[0]["vq_reconstructions"]["kid"] != sections[1]["vq_reconstructions"]["kid"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text.index("### Resized as LlamaGen does") < text.index("### Resized with antialiasing")
+    done = len(launched)
+    table1.main(flags)
+    assert len(launched) == done
+
+
 def test_reconstructions(protocol_file, tiny):
     import torch
 
