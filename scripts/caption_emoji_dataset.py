@@ -96,7 +96,7 @@ def captions(item: dict, color: str | None, count: int, seed: int) -> list[str]:
         f"{topic(item['subgroup'])}: {name}",
         f"{topic(item['subgroup'])}: {name}, {style} style",
     ]
-    if color and not re.search(rf"\b({'|'.join(COLORS)}|white|flag|skin)\b", name):
+    if color and not re.search(rf"\b({'|'.join(COLORS)}|grey|white|flag|skin)\b", name):
         colored = f"{color} {name}"
         rules += [with_article(colored), f"{colored}, {style} style", f"{style}: {colored}"]
         rules += [f"{a_style} drawing of {with_article(colored)}"]
@@ -108,13 +108,20 @@ def captions(item: dict, color: str | None, count: int, seed: int) -> list[str]:
 def caption_dataset(
     data: Path, count: int, seed: int, classes: list[str] | None = None, skip_classes: list[str] = ()
 ) -> dict[str, int]:
-    """Write both files; returns the images in each split. Raises OSError for a folder without the data set."""
+    """Write both files; returns the images in each split.
+
+    Raises:
+        OSError: the folder has no data set.
+        ValueError: no image matches.
+    """
 
     def matches(item: dict, globs: list[str]) -> bool:
         return any(fnmatch(f"{item['subgroup']}_{item['set']}", glob) for glob in globs)
 
     items = [json.loads(line) for line in (data / "items.jsonl").read_text(encoding="utf-8").splitlines()]
     items = [item for item in items if matches(item, classes or ["*"]) and not matches(item, skip_classes)]
+    if not items:
+        raise ValueError(f"no image of {data} is of --classes {' '.join(classes or ['*'])} and none of --skip-classes")
     lines = {"train": [], "val": []}
     for item in tqdm(items, unit="img", disable=None):
         with Image.open(data / item["file"]) as image:
@@ -142,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
         counts = caption_dataset(**vars(args))
     except OSError as error:
         sys.exit(f"error: {error}; --data is a folder made by scripts/build_emoji_dataset.sh")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     print(", ".join(f"{args.data}/captions_{split}.jsonl: {count} images" for split, count in counts.items()))
 
 

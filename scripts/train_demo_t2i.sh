@@ -26,7 +26,6 @@ mkdir -p "$runs" "$out"
 names=(face-smiling face-tongue face-hat face-glasses face-costume cat-face monkey-face heart animal-mammal animal-bird
     animal-reptile animal-marine animal-bug plant-flower plant-other food-fruit food-vegetable food-prepared food-sweet drink
     musical-instrument geometric)
-names=("${names[@]/#/*_}")
 [ -f $data/captions_train.jsonl ] || "$PYTHON" scripts/caption_emoji_dataset.py --data $data \
     --classes "${names[@]/%/_twemoji}" "${names[@]/%/_noto}"
 for split in train val; do
