@@ -89,7 +89,7 @@ def test_words(data):
 def test_classes_are_chosen_by_globs(data):
     captioner.main(["--data", str(data), "--classes", "*_noto", "--skip-classes", "hand*", "*flag*"])
     assert {image.split("/")[1] for image in read(data, "train") | read(data, "val")} == {"food-fruit_noto"}
-    with pytest.raises(SystemExit, match="no image of .* is of --classes nothing_noto"):
+    with pytest.raises(SystemExit, match=r"no image of .* is of --classes nothing_noto"):
         captioner.main(["--data", str(data), "--classes", "nothing_noto"])
     assert read(data, "train")  # as it was
 
