@@ -17,7 +17,7 @@ from autoregressive.sample.run_folder import RunFolder, npy_bytes  # noqa: E402
 from autoregressive.sample.sampler import Blueprint, Sampler, image_seeds  # noqa: E402
 
 DESCRIPTION = """\
-Fill a run folder with class-conditional images: PNGs, labels, samples.npz (arr_0, uint8 NHWC) and run.json.
+Fill a run folder with class-conditional images: PNGs, tokens, labels, samples.npz (arr_0, uint8 NHWC) and run.json.
 
 Image i depends on the seed, its index and its class alone, not on the number of processes or the batch size. Killed at
 any moment and started again with the same command, the job goes on where it was."""

@@ -16,8 +16,8 @@ from autoregressive.sample.sampler import Blueprint, Sampler, image_seeds  # noq
 from autoregressive.sample.text import TextConditions, told_left_out  # noqa: E402
 
 DESCRIPTION = """\
-Fill a run folder with an image for each prompt: PNGs, captions.txt, result.jsonl, samples.npz (arr_0, uint8 NHWC) and
-run.json.
+Fill a run folder with an image for each prompt: PNGs, tokens, captions.txt, result.jsonl, samples.npz (arr_0, uint8
+NHWC) and run.json.
 
 Image i depends on the seed, its index and its prompt alone, not on the number of processes or the batch size. Killed at
 any moment and started again with the same command, the job goes on where it was."""
