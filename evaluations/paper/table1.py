@@ -61,15 +61,17 @@ def section(task: ClassTask, resize: str) -> tuple[str, dict, list[Row]]:
     numbers = {"resize": resize, "rows": [dense.numbers(), *(row.numbers(dense) for row in sparse)]}
     title = "VQ reconstructions of the reference"
     try:
-        floor = evaluated(reconstructed(task, resize), task)
+        folder = reconstructed(task, resize)
+    except EvaluationError as error:  # the images are not there
+        lines.insert(0, [title, "not measured", *[NONE] * (len(METRICS) - 1 + len(COSTS))])
+        numbers["vq_reconstructions"] = None
+        note = f"The reconstructions are not measured: {error}."
+    else:
+        floor = evaluated(folder, task)
         cells = [spread([] if floor[key] is None else [floor[key]], d, scale) for key, (_, scale, d) in METRICS.items()]
         lines.insert(0, [title, *cells, *[NONE] * len(COSTS)])
         numbers["vq_reconstructions"] = {key: floor[key] for key in (*METRICS, "counts")}
         note = f"The reconstructions are {floor['counts']['samples']} images."
-    except EvaluationError as error:
-        lines.insert(0, [title, "not measured", *[NONE] * (len(METRICS) - 1 + len(COSTS))])
-        numbers["vq_reconstructions"] = None
-        note = f"The reconstructions are not measured: {error}."
     table = markdown(["cache", *(name for name, _, _ in METRICS.values()), *COSTS], lines)
     tests = differences({row.cost.title: row for row in sparse}, dense)
     return f"{table}\n\n{note}\n\n{tests}", numbers, rows
@@ -82,16 +84,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     protocol = load_protocol(args.model)
     task, folder = protocol.c2i, output_folder(args, "table1", protocol)
-    parts, sections, rows = [], [], []
+    parts, sections = [], []
     for resize in task.resizes or ("llamagen",):
-        text, numbers, found = section(task, resize)
+        text, numbers, rows = section(task, resize)  # rows of the same runs each time
         heading = {
             "llamagen": "Resized as LlamaGen does, without antialiasing",
             "antialias": "Resized with antialiasing",
         }
         parts.append(f"### {heading[resize]}\n\n{text}" if task.resizes else text)
         sections.append(numbers)
-        rows += found
     about = (
         f"## Measured\n\nModel {protocol.name}, {task.images} images of each cache and seed, seeds "
         f"{', '.join(map(str, task.seeds))}; reference {task.reference}.\n\n"
