@@ -106,7 +106,7 @@ class CacheConfig:
             local = min(local, self.budget - prefix)
         if self.local is not None:
             local = self.local
-            prefix = min(prefix, self.budget - local) if self.prefix is None else prefix
+            prefix = min(prefix, max(0, self.budget - local)) if self.prefix is None else prefix
         elif self.mode == "evict":  # a ranking that serves many steps needs that many tokens to choose from
             local = min(local, self.budget - prefix - self.renew_every + 1)
         return prefix, max(local, 1)

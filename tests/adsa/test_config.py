@@ -15,6 +15,7 @@ from adsa.policies import POLICIES
         ({"budget": 16, "prefix": -1}, "prefix must be at least 0, not -1"),
         ({"budget": 16, "local": 0}, "local must be at least 1, not 0"),
         ({"budget": 16, "prefix": 10, "local": 7}, "budget 16 is too small: prefix 10 and local 7 take 17"),
+        ({"budget": 16, "local": 20}, "budget 16 is too small: prefix 0 and local 20 take 20"),
         ({"budget": 16, "prefix": 6, "local": 6, "renew_every": 6}, "has only 5 tokens that may go"),
         ({"budget": 16, "renew_every": 0}, "renew_every must be at least 1, not 0"),
         ({"budget": 16, "granularity": "heads"}, "did you mean 'head'"),
