@@ -29,7 +29,8 @@ class AttentionRecord:
             weights: ``[B, G, M]``.
             slots: int64 ``[B, G, M]``, where they belong; None: slots 0 .. M - 1, and all others are empty.
         """
-        row = self.weights[:, :, query % self.window if self.window else 0]
+        index = query % self.window if self.window else 0
+        row = self.weights[:, :, index : index + 1].squeeze(2)  # an index proper would be compiled anew for each
         if slots is None:
             row = row[..., : weights.shape[-1]]
             row.copy_(weights) if self.window else row.add_(weights)

@@ -122,7 +122,8 @@ class LayerCache:
 
         joint = config.granularity == "layer"
         self.groups = 1 if joint else n_kv_head
-        self._positions = self._order = self._chosen = self.similarity = self.attention = None
+        self._positions = self._order = self.similarity = self.attention = None
+        self._seen = None  # mode "select": the slots that the newest query sees, until its weights are on record
         if self.evicts:
             positions = torch.arange(self.capacity, dtype=torch.int32, device=device)
             self._positions = positions.expand(batch, self.groups, -1).contiguous()
@@ -310,22 +311,25 @@ class LayerCache:
         batch, heads, _, dim = self._k.shape
         raster = raster.expand(batch, self.groups, -1)
         first, last = raster[..., : self.condition_slots + self.prefix], raster[..., -self.local :]
-        self._chosen = torch.cat([first, self._order + self.condition_slots, last], dim=-1)
-        index = self._chosen.unsqueeze(-1).expand(batch, heads, -1, dim)
+        chosen = torch.cat([first, self._order + self.condition_slots, last], dim=-1)
+        if self.attention is not None:
+            self._seen = chosen[..., self.condition_slots :] - self.condition_slots
+        index = chosen.unsqueeze(-1).expand(batch, heads, -1, dim)
         bias = None if self._bias is None else self._bias[..., : index.shape[2]]  # image slots all have bias 0
         return self._k.gather(2, index), self._v.gather(2, index), bias
 
     def _watched_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """Attention of one image token, whose weights go on record. Shapes as in :meth:`attend`."""
-        q = q.squeeze(2).unflatten(1, (k.shape[1], -1))  # [B, H, Hq / H, D]
-        scores = q @ k.mT * q.shape[-1] ** -0.5
+        wide = self.attention.weights.dtype  # as in the fused kernels: rounded scores would be off by percents
+        q = q.squeeze(2).unflatten(1, (k.shape[1], -1)).to(wide)  # [B, H, Hq / H, D]
+        scores = q @ k.to(wide).mT * q.shape[-1] ** -0.5
         if bias is not None:
             scores = scores + bias
-        weights = scores.softmax(-1, dtype=self.attention.weights.dtype)
+        weights = scores.softmax(-1)
         seen = weights[..., self.condition_slots :].sum(2)
         if self.groups == 1:
             seen = seen.sum(1, keepdim=True)
-        slots = None if self._chosen is None else self._chosen[..., self.condition_slots :] - self.condition_slots
+        slots, self._seen = self._seen, None
         self.attention.add(self.count - 1, seen, slots)
         return (weights.to(v.dtype) @ v).flatten(1, 2).unsqueeze(2)
 

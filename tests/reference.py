@@ -26,7 +26,8 @@ def redundancy(policy: str, cached: list[int], chooser: "Choice") -> np.ndarray:
     """How willingly a policy lets go of each cached token before the newest is attended to, higher = sooner."""
     values, keys = [chooser.values[j] for j in cached], [chooser.keys[j] for j in cached]
     newest, columns, seen = len(chooser.values) - 1, chooser.columns, chooser.attention
-    mass = {window: np.array([sum(a.get(j, 0) for a in seen[-window:]) for j in cached]) for window in (0, 1, 8, 32)}
+    window = {"tova": 1, "r_kv": 8, "snapkv": 32}.get(policy, 0)  # the last queries; 0: all
+    mass = np.array([sum(a.get(j, 0) for a in seen[-window:]) for j in cached])
     if policy == "adsa":
         return mean_similarity(values)
     if policy == "adsa_inverse":
@@ -41,19 +42,19 @@ def redundancy(policy: str, cached: list[int], chooser: "Choice") -> np.ndarray:
         rows, across = np.divmod(cached, columns)
         return (rows - newest // columns) ** 2 + (across - newest % columns) ** 2.0
     if policy in ("h2o", "tova", "snapkv"):
-        return -mass[{"h2o": 0, "tova": 1, "snapkv": 32}[policy]]
+        return -mass
     if policy == "keydiff":
         return mean_similarity(keys)
     if policy == "knorm":
         return -np.round(2**16 / np.linalg.norm(keys, axis=1)) / 2**16
     if policy == "r_kv":
-        return 0.9 * softmax(mean_similarity(keys)) - 0.1 * mass[8] / mass[8].sum()
+        return 0.9 * softmax(mean_similarity(keys)) - 0.1 * mass / mass.sum()
     if policy == "lines":
         worth = {}
         for line in {j // columns for j in cached}:
             members = [i for i, j in enumerate(cached) if j // columns == line]
             came = [j for j in range(newest) if j // columns == line]
-            worth[line] = np.mean([mass[0][i] / max(1, newest - cached[i]) for i in members])
+            worth[line] = np.mean([mass[i] / max(1, newest - cached[i]) for i in members])
             worth[line] -= 1000 * (len(members) < len(came))
         return -np.array([worth[j // columns] for j in cached])
     raise ValueError(policy)
@@ -117,14 +118,60 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum()
 
 
+class Attention:
+    """One layer's attention for one row.
+
+    Args:
+        n_head, n_kv_head: heads of queries; of keys and values.
+        columns: image tokens in a line.
+        choice: keyword arguments of :class:`Choice`.
+        granularity: "head" or "layer".
+    """
+
+    def __init__(self, n_head, n_kv_head, columns, choice, granularity):
+        self.n_head, self.n_kv = n_head, n_kv_head
+        choosers = n_kv_head if granularity == "head" else 1
+        self.choices = [Choice(**choice, head=head, columns=columns) for head in range(choosers)]
+        self.conditions = []  # values [H, D] of valid condition tokens
+        self.keys, self.values = [], []  # of image tokens, [H, D]
+
+    def condition(self, v):
+        """``[Hq, D]`` of one condition token: queries and keys are zero, so it is the mean over them so far."""
+        self.conditions.append(v)
+        return np.repeat(np.mean(self.conditions, axis=0), self.n_head // self.n_kv, axis=0)
+
+    def image(self, q, k, v):
+        """``[Hq, D]`` of one image token; q: ``[Hq, D]``, k and v: ``[H, D]``."""
+        self.keys.append(k)
+        self.values.append(v)
+        choices = self.choices
+        seen = [
+            c.step(*(x[h] if len(choices) > 1 or self.n_kv == 1 else x.ravel() for x in (k, v)))
+            for h, c in enumerate(choices)
+        ]
+        out, records = [], [{} for _ in choices]
+        for head in range(self.n_head):
+            h = head // (self.n_head // self.n_kv)
+            visible = seen[h % len(seen)]
+            scores = [0.0] * len(self.conditions) + [q[head] @ self.keys[j][h] / np.sqrt(len(v[h])) for j in visible]
+            values = [c[h] for c in self.conditions] + [self.values[j][h] for j in visible]
+            weights = softmax(np.array(scores))
+            out.append(weights @ np.array(values))
+            record = records[h % len(seen)]
+            for j, weight in zip(visible, weights[len(self.conditions) :], strict=True):
+                record[j] = record.get(j, 0) + weight
+        for chooser, record in zip(choices, records, strict=True):
+            chooser.attention.append(record)
+        return np.array(out)
+
+
 class Decoder:
     """LlamaGen's transformer for one row.
 
     Args:
         state: name -> float64 array, LlamaGen's names.
         n_head, n_kv_head, grid: shape of the attention, and tokens per row of the image.
-        choice: keyword arguments of :class:`Choice`.
-        granularity: "head" or "layer".
+        choice, granularity: as :class:`Attention` takes them.
     """
 
     def __init__(self, state, n_head, n_kv_head, grid, choice, granularity):
@@ -132,13 +179,7 @@ class Decoder:
         self.dim = state["tok_embeddings.weight"].shape[1]
         self.head_dim = self.dim // n_head
         self.n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
-        choosers = n_kv_head if granularity == "head" else 1
-        self.choices = [
-            [Choice(**choice, head=head, columns=grid) for head in range(choosers)] for _ in range(self.n_layer)
-        ]
-        self.condition = [[] for _ in range(self.n_layer)]  # values [H, D] of valid condition tokens
-        self.keys = [[] for _ in range(self.n_layer)]  # of image tokens, [H, D]
-        self.values = [[] for _ in range(self.n_layer)]
+        self.attention = [Attention(n_head, n_kv_head, grid, choice, granularity) for _ in range(self.n_layer)]
 
     def norm(self, x, name):
         return x / np.sqrt((x * x).mean() + 1e-5) * self.w[name]
@@ -161,35 +202,11 @@ class Decoder:
         qkv = self.w[name + "attention.wqkv.weight"] @ self.norm(x, name + "attention_norm.weight")
         q = qkv[: self.dim].reshape(self.n_head, self.head_dim)
         k, v = qkv[self.dim :].reshape(2, self.n_kv, self.head_dim)
-        if position is None:  # queries and keys are zero: attention is the mean over the condition so far
-            self.condition[i].append(v)
-            mean = np.mean(self.condition[i], axis=0)
-            out = np.repeat(mean, self.n_head // self.n_kv, axis=0)
+        if position is None:
+            out = self.attention[i].condition(v)
         else:
-            self.keys[i].append(self.rotate(k, position))
-            self.values[i].append(v)
-            choices = self.choices[i]
-            own = self.keys[i][-1], v
-            seen = [
-                c.step(*(x[h] if len(choices) > 1 or self.n_kv == 1 else x.ravel() for x in own))
-                for h, c in enumerate(choices)
-            ]
-            q, out, records = self.rotate(q, position), [], [{} for _ in choices]
-            for head in range(self.n_head):
-                h = head // (self.n_head // self.n_kv)
-                visible = seen[h % len(seen)]
-                scores = [0.0] * len(self.condition[i]) + [
-                    q[head] @ self.keys[i][j][h] / np.sqrt(self.head_dim) for j in visible
-                ]
-                values = [c[h] for c in self.condition[i]] + [self.values[i][j][h] for j in visible]
-                weights = softmax(np.array(scores))
-                out.append(weights @ np.array(values))
-                record = records[h % len(seen)]
-                for j, weight in zip(visible, weights[len(self.condition[i]) :], strict=True):
-                    record[j] = record.get(j, 0) + weight
-            for chooser, record in zip(choices, records, strict=True):
-                chooser.attention.append(record)
-        x = x + self.w[name + "attention.wo.weight"] @ np.concatenate(list(out))
+            out = self.attention[i].image(self.rotate(q, position), self.rotate(k, position), v)
+        x = x + self.w[name + "attention.wo.weight"] @ out.ravel()
         h = self.norm(x, name + "ffn_norm.weight")
         gate = self.w[name + "feed_forward.w1.weight"] @ h
         hidden = gate / (1 + np.exp(-gate)) * (self.w[name + "feed_forward.w3.weight"] @ h)

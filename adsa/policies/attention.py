@@ -1,4 +1,7 @@
-"""Policies that look at attention: what was attended to stays."""
+"""Policies that look at attention: what was attended to stays.
+
+A query that was not shown a token gave it no attention. So in mode "select" what is left out hardly comes back.
+"""
 
 import torch
 from torch import Tensor
@@ -19,11 +22,14 @@ class H2O(Policy):
         return 0, budget - budget // 2
 
     def score(self, layer) -> Tensor:
-        return layer.attention.mass(layer.filled)
+        return layer.attention.mass(layer.filled).log()  # by ratio, as most tokens of a peaked head have next to none
 
 
 class Tova(H2O):
-    """The attention of the last query alone (arXiv 2401.06104); nothing else is protected by default."""
+    """The attention of the last query alone (arXiv 2401.06104); nothing else is protected by default.
+
+    In the paper the heads of a layer choose together, which is granularity "layer".
+    """
 
     name = "tova"
     attention_window = 1
@@ -46,9 +52,12 @@ class SnapKV(H2O):
 
 
 class Lines(Policy):
-    """Whole lines of the image leave, those with the least attention first (after LineAR, arXiv 2512.04857).
+    """Whole lines of the image leave, those with the least attention first.
 
-    A line's worth is its tokens' mean attention per query that could see them; a line that has begun to leave goes on
+    A coarse relative of LineAR (arXiv 2512.04857), which also keeps first tokens and recent lines, but lets single
+    tokens go, line after line, by the attention of the newest line.
+
+    A line's worth is its tokens' mean attention per query since they came; a line that has begun to leave goes on
     leaving, from the left. By default an eighth of the budget holds the first tokens, half of it the most recent.
     """
 
@@ -62,5 +71,6 @@ class Lines(Policy):
         sums = mass.new_zeros(2, *mass.shape[:2], -(-layer.max_tokens // columns))
         total, count = sums.scatter_add_(3, line.expand(2, *line.shape), torch.stack([mass, torch.ones_like(mass)]))
         came = (layer.newest - columns * torch.arange(count.shape[-1], device=mass.device)).clamp(max=columns)
-        worth = total / count.clamp(min=1) - 1000.0 * (count < came)  # means are at most the number of heads
+        mean = (total / count.clamp(min=1)).clamp(min=torch.finfo(total.dtype).tiny)
+        worth = mean.log() - 1000.0 * (count < came)  # no logarithm is below -1000
         return worth.gather(2, line)

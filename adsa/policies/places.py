@@ -26,10 +26,10 @@ class Random(Policy):
 
 
 class Uniform(Policy):
-    """Evenly over the past, whose number grows: those whose positions have the smallest mirrored bits.
+    """Evenly over the past, which grows: odd positions go first, then odd multiples of 2, then of 4, and so on.
 
-    Of any 2^i tokens in a row that are multiples of 2^(18 - i), all go before any of the others; among 2 K previous
-    tokens every second one stays. Nothing else is protected by default.
+    These are the largest of the positions with their bits mirrored, which also spreads those of one kind; of 2 K
+    previous tokens every second one stays. Nothing else is protected by default.
     """
 
     name = "uniform"

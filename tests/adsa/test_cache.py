@@ -4,11 +4,13 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from adsa import CacheConfig, KVCache, LayerCache
 from adsa.cache import fold_bias
 from adsa.policies import POLICIES
 from adsa.similarity import TIE_SINGLE, mean_cosine_similarity
+from tests.reference import Attention
 
 B, H, D, TOKENS = 3, 2, 8, 40
 BOUNDED = sorted(set(POLICIES) - {"full"})
@@ -63,6 +65,44 @@ def test_rows_are_independent(way):
     for row in range(B):
         alone = run(layer(config(*way), batch=1), *(t[row : row + 1] for t in (q, k, v)))
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "way", [("head", "evict", 1), ("layer", "evict", 4), ("head", "select", 4), ("layer", "select", 1)], ids=str
+)
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_every_step_equals_brute_force(policy, way):
+    """By the literal definition: queries in groups, more tokens than any window of attention, and a row that leaves."""
+    tokens, queries = 64, 2 * H
+    q, k, v = stream(tokens, heads=queries)
+    q[..., :20, 0] += 4  # what was attended to is not any more, so that windows differ from sums of all
+    q[..., 20:, 0] -= 4
+    cache = layer(config(policy, *way), tokens)
+    out = [cache.attend(q[:, :, :1], k[:, :, :1], v[:, :, :1])]
+    for t in range(1, 1 + tokens):
+        if t == 40:
+            q, k, v = q[:-1], k[:-1], v[:-1]
+            cache.keep_rows(B - 1)
+        out.append(cache.attend(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1]))
+    choice = {"policy": policy, "budget": 16, "prefix": 3, "local": 5, "mode": way[1], "renew_every": way[2]}
+    for row in range(B - 1):
+        literal = Attention(queries, H, 8, choice, way[0])
+        literal.condition(v[row, :, 0].numpy())
+        for t in range(1, 1 + tokens):
+            expected = torch.from_numpy(literal.image(*(x[row, :, t].numpy() for x in (q, k, v))))
+            torch.testing.assert_close(out[t][row, :, 0], expected, atol=1e-9, rtol=0, msg=lambda m, t=t: f"{t}: {m}")
+
+
+@pytest.mark.parametrize(("policy", "mode"), [("snapkv", "evict"), ("r_kv", "select"), ("lines", "evict")])
+def test_compiles_no_graph_for_each_step(policy, mode):
+    """Policies that look at attention: those of windows have a row for each query."""
+    q, k, v = stream()
+    expected = run(layer(config(policy, mode=mode)), q, k, v)
+    counter, cache = CompileCounter(), layer(config(policy, mode=mode))
+    torch._dynamo.reset()
+    cache.attend = torch.compile(cache.attend, backend=counter)
+    torch.testing.assert_close(run(cache, q, k, v), expected, atol=1e-12, rtol=0)
+    assert 2 <= counter.frame_count <= 6
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -154,6 +194,28 @@ def test_half_precision_cache(policy, dtype):
     if policy in ("window", "streaming", "random", "uniform", "neighborhood"):  # positions do not depend on rounding
         assert torch.equal(half.positions.sort().values, full.positions.sort().values)
     torch.testing.assert_close(out[:, :, :16], expected[:, :, :16], atol=0.03, rtol=0)  # until the first choice
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_watching_attention_costs_no_precision(dtype):
+    """Large scores of half-precision queries and keys are not rounded before the softmax."""
+    q, k, v = stream(16, dtype=dtype)
+    q = 8 * q
+    exact = run(layer(CacheConfig("full"), 16), *(x.double() for x in (q, k, v)))
+    watched, fused = (
+        (run(layer(cfg, 17, dtype=dtype), q, k, v) - exact).abs().mean() for cfg in (config("h2o"), CacheConfig("full"))
+    )
+    assert 0 < watched < 1.5 * fused
+
+
+def test_little_attention_is_ranked_too():
+    """Where nearly all attention goes to one token, the others still leave in the order of theirs."""
+    q, k, v = stream(tokens=5, batch=1)
+    q[:], k[:], k[..., 0] = 0, 0, torch.tensor([0, 40, 3, 1, 2, 0])
+    q[..., 0] = D**0.5
+    cache = layer(config("tova", budget=4, prefix=0, local=1), tokens=5, batch=1)
+    run(cache, q, k, v)
+    assert cache.positions.tolist() == [[[0, 1, 4, 3]] * H]
 
 
 @pytest.mark.parametrize("granularity", ["head", "layer"])
