@@ -86,14 +86,16 @@ def parse_cache(text: str) -> CacheConfig:
     values: dict[str, Any] = {"policy": name}
     if policy and budget.isdecimal():
         values = {"policy": policy, "budget": int(budget)}
-    for pair in filter(None, rest.split(",")):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise OptionError(f"cache {text!r}: {pair!r} is not KEY=VALUE")
-        values[key] = yaml.safe_load(value)
     try:
+        for pair in filter(None, rest.split(",")):
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise ValueError(f"{pair!r} is not KEY=VALUE")
+            if key in values:
+                raise ValueError(f"{key} is given twice")
+            values[key] = yaml.safe_load(value)
         return CacheConfig.from_dict(values)
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise OptionError(f"cache {text!r}: {error}") from error
 
 
@@ -119,7 +121,7 @@ class Compass:
         identity: what tells this model and these images from others.
 
     Raises:
-        OptionError: the folder's files are of another model or other images.
+        OptionError: the folder's files can't be read, or are of another model or other images.
     """
 
     def __init__(
@@ -140,12 +142,18 @@ class Compass:
     def measure(self, cache: CacheConfig) -> dict[str, Any]:
         """What is known of a cache: "losses", nats a token for each image, and the settings; measured if need be."""
         path = self.folder / f"{cache_name(cache).replace(':', '-').replace(',', '-')}.json"
+        prefix, local = cache.split
+        settings = {"cache": asdict(cache) | {"prefix": prefix, "local": local}, "identity": self.identity}
         if path.exists():
-            found = json.loads(path.read_text())
-            if found["identity"] != self.identity:
+            try:
+                found = json.loads(path.read_text())
+                there = {key: found[key] for key in (*settings, "losses", "seconds")}
+            except (ValueError, KeyError, TypeError) as error:
+                raise OptionError(f"{path}: no readable result ({error!r}); delete it to measure again") from error
+            if there | settings != there:
                 raise OptionError(
-                    f"{path}: of another model, other images or another number of them; give another --output, or "
-                    f"delete it"
+                    f"{path}: of another model, other images, another number of them or another default split; give "
+                    f"another --output, or delete it"
                 )
             return found
         start, losses = time.perf_counter(), []
@@ -156,13 +164,7 @@ class Compass:
             if cond.is_floating_point():
                 cond = cond.to(self.model.tok_embeddings.weight.dtype)
             losses += token_losses(self.model, tokens, cond, *masks, cache=cache).mean(1).tolist()
-        prefix, local = cache.split
-        found = {
-            "cache": asdict(cache) | {"prefix": prefix, "local": local},
-            "losses": losses,
-            "seconds": round(time.perf_counter() - start, 3),
-            "identity": self.identity,
-        }
+        found = settings | {"losses": losses, "seconds": round(time.perf_counter() - start, 3)}
         write_json(path, found)
         return found
 
@@ -183,19 +185,19 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Loss on real images, given token by token through a KV cache: how much worse is the prediction "
+        description="Loss on real images, given token by token through a KV cache: how much worse is the prediction\n"
         "when the cache keeps only a part? The dense cache is measured too. Without guidance.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="sampling configuration that names the model")
+    add("--config", required=True, metavar="FILE", help="sampling configuration; only its model counts")
     add("--code-path", type=Path, required=True, metavar="DIR", help="images as made by extract_codes_c2i.py")
     add("--text-path", type=Path, metavar="DIR", help="their captions, by extract_text_features.py; for text models")
     add("--caches", nargs="+", default=[], metavar="CACHE", help="see below")
     add("--images", type=positive, default=64, metavar="N", help="spread evenly over the data (default: 64)")
     add("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
-    add("--output", type=Path, required=True, metavar="DIR", help="cells/*.json, table.md and table.json go here")
+    add("--output", type=Path, required=True, metavar="DIR", help="cells/*.json; table.md, table.json: these caches'")
     add("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     return parser.parse_args(argv)
 
@@ -219,6 +221,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise OptionError(str(error)) from error
     if data.tokens != blueprint.tokens:
         raise OptionError(f"{args.code_path}: images of {data.tokens} tokens; the model's have {blueprint.tokens}")
+    codes, known = data.meta["codebook_size"], blueprint.gpt.config.vocab_size
+    if codes > known:
+        raise OptionError(f"{args.code_path}: codes of a tokenizer that has {codes}; the model knows {known}")
     dtype = PRECISIONS[options.model.precision]
     model = load_model(blueprint.gpt, options.model.gpt_ckpt, device=state.device, dtype=dtype)
     identity = {"model": blueprint.fingerprints()["model.gpt_ckpt"], "precision": options.model.precision}

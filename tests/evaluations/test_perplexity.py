@@ -1,6 +1,7 @@
 """The loss on real images through a cache."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -36,8 +37,16 @@ def test_caches_are_written_and_read():
     for text in ("full", "adsa-256", "keydiff-96:prefix=24,local=48", "adsa-64:granularity=layer,fold_condition=false"):
         assert cache_name(parse_cache(text)) == text
     assert parse_cache("adsa-96:local=48,prefix=0") == CacheConfig("adsa", 96, 0, 48)
-    for text in ("adsa", "adsa-96:locl=4", "nothing-5", "full:budget=3", "adsa-96:local"):
-        with pytest.raises(OptionError, match=f"cache '{text}'"):
+    for text in (
+        "adsa",
+        "adsa-96:locl=4",
+        "nothing-5",
+        "full:budget=3",
+        "adsa-96:local",
+        "adsa-96:budget=48",
+        "adsa-96:local=[",
+    ):
+        with pytest.raises(OptionError, match=re.escape(f"cache '{text}'")):
             parse_cache(text)
 
 
@@ -47,7 +56,7 @@ def arguments(tiny, tmp_path):  # noqa: F811
     codes.mkdir()
     np.save(codes / "codes.npy", np.random.default_rng(0).integers(0, 64, (7, 1, 36)).astype(np.uint16))
     np.save(codes / "labels.npy", np.arange(7))
-    (codes / "meta.json").write_text(json.dumps({"classes": CLASSES}))
+    (codes / "meta.json").write_text(json.dumps({"classes": CLASSES, "codebook_size": 64}))
     config = tmp_path / "dense.yaml"
     config.write_text(f"model:\n  gpt_ckpt: {tiny / 'gpt.safetensors'}\n  vq_ckpt: {tiny / 'vq.safetensors'}\n")
     return ["--config", str(config), "--code-path", str(codes), "--output", str(tmp_path / "out"), "--cpu"]
@@ -67,9 +76,23 @@ def test_the_script_measures_what_is_missing(arguments, tmp_path, capsys):
     assert f"{(sparse - dense).mean():+.4f}" in capsys.readouterr().out
     with pytest.raises(OptionError, match="another number of them"):
         main([*arguments, "--images", "4"])
+    split = told["results"]["adsa-12"]
+    split["cache"]["prefix"] += 1
+    (cells / "adsa-12.json").write_text(json.dumps(split))
+    with pytest.raises(OptionError, match=r"adsa-12\.json: .* another default split"):
+        main([*arguments, "--caches", "adsa-12", "--images", "5"])
+    for damaged in ('{"cache": {}', "{}", "[]"):
+        (cells / "full.json").write_text(damaged)
+        with pytest.raises(OptionError, match=r"full\.json: no readable result .*; delete it"):
+            main([*arguments, "--images", "5"])
 
 
 def test_codes_of_another_size_are_refused(arguments, tmp_path):
-    np.save(tmp_path / "codes" / "codes.npy", np.zeros((7, 1, 16), np.uint16))
+    codes = tmp_path / "codes"
+    np.save(codes / "codes.npy", np.zeros((7, 1, 16), np.uint16))
     with pytest.raises(OptionError, match="images of 16 tokens; the model's have 36"):
+        main(arguments)
+    np.save(codes / "codes.npy", np.zeros((7, 1, 36), np.uint16))
+    (codes / "meta.json").write_text(json.dumps({"classes": CLASSES, "codebook_size": 128}))
+    with pytest.raises(OptionError, match="a tokenizer that has 128; the model knows 64"):
         main(arguments)
