@@ -18,7 +18,7 @@ def test_the_shipped_demo_loads_and_samples():
     assert blueprint.tokens == 576 and options.cache_config().slots(576) == 256
     classes = Classes(options.model, options.run)
     names = json.loads((ROOT / "pretrained_models" / "demo" / "classes.json").read_text())["classes"]
-    assert len(set(names)) == blueprint.gpt.config.num_classes == 78
+    assert len(set(names)) == blueprint.gpt.config.num_classes == 47
     labels = classes.ids(options.run.grid_labels, "run.grid_labels")
     assert len(labels) == 16
 
