@@ -169,6 +169,13 @@ def test_shipped_configs(path):
         assert options.cache.policy == "full"
 
 
+def test_grids_show_what_jobs_sample():
+    """The two class scripts have LlamaGen's different defaults of these keys, so files give both."""
+    for path in CONFIGS.glob("*.yaml"):
+        if "t2i" not in path.stem:
+            assert read_config(path, Options())["sampling"].keys() >= {"cfg_scale", "top_k"}, path.name
+
+
 # The values that LlamaGen's own numbers were measured with: guidance (and a best of 1.65 for 3B) from its README and
 # GETTING_STARTED, all tokens, temperature 1, images of 384 resized to 256; for text the defaults of sample_t2i_ddp.py.
 LLAMAGEN = {
