@@ -108,6 +108,10 @@ def test_layout_and_records(sources, tmp_path):
         assert (split, folder, file) == (r["split"], expected[r["class_id"]], f"{r['hexcode']}_{r['set']}.png")
         with Image.open(out / r["file"]) as image:
             assert (image.size, image.mode) == ((48, 48), "RGB")
+    sides = defaultdict(set)
+    for r in records:
+        sides[r["name"]].add(r["split"])
+    assert set(map(tuple, sides.values())) == {("train",), ("val",)}  # all sets of a name on one side
     with Image.open(out / "preview.png") as sheet:
         assert np.asarray(sheet).min() == 0
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -74,6 +75,8 @@ def test_two_processes_make_the_same(models, unbroken, tmp_path):
     job = start("sample_c2i_ddp.py", *models, *flags, processes=2)
     _, err = job.communicate(timeout=300)
     assert job.returncode == 0, err
+    told = re.findall(r"24/24 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+(?: images/s|s/ images)\]", err)
+    assert len(told) == 1, "one bar, of the first process"
     assert content(tmp_path / NAME) == content(unbroken)
     record = json.loads((tmp_path / NAME / "run.json").read_text())
     assert record["world_size"] == 2

@@ -1,11 +1,13 @@
 """Models from options and checkpoints, seeds, and decoding."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from autoregressive.models.checkpoint import CheckpointError, read_state_dict, save_safetensors
 from autoregressive.sample.options import ModelOptions, OptionError, Options
@@ -101,6 +103,20 @@ def test_resizing_is_bicubic_without_antialias(tiny):
     assert np.abs(sampler.images(tokens, 12).astype(int) - to_uint8(full)).max() <= 1
     assert np.abs(sampler.images(tokens, 8).astype(int) - to_uint8(small)).max() <= 1
     assert sampler.seconds["vq"] > 0
+
+
+def test_compiling_changes_no_token(tiny, monkeypatch):
+    """Traced as with --compile, but not put into C++, which takes half a minute."""
+    graphs = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    cond, seeds = torch.arange(2), torch.arange(2)
+    tokens = []
+    for compiled in (False, True):
+        options = Options(model=model_options(tiny, compile=compiled))
+        options.cache.policy, options.cache.budget = "adsa", 12
+        tokens.append(Sampler(Blueprint(options.model, CPU), options, CPU).tokens(cond, seeds))
+        assert (graphs.frame_count > 0) == compiled
+    assert torch.equal(*tokens)
 
 
 def test_precision_is_the_gpts_alone(tiny):
