@@ -26,7 +26,6 @@ from adsa import CacheConfig  # noqa: E402
 from autoregressive.models.generate import new_cache  # noqa: E402
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer  # noqa: E402
 from autoregressive.sample.job import device_name, guarded, start_processes  # noqa: E402
-from autoregressive.sample.options import Options, parse_options  # noqa: E402
 from autoregressive.sample.run_folder import RunError, bar_interval  # noqa: E402
 from autoregressive.sample.sampler import PRECISIONS, Blueprint, cache_title, peak_memory  # noqa: E402
 from evaluations.flags import positive  # noqa: E402
@@ -206,10 +205,7 @@ def shape_of(task: Task, name: str, device: torch.device) -> Shape:
     Raises:
         OptionError, CheckpointError: the configuration tells no sizes, and a checkpoint is missing.
     """
-    text = isinstance(task, TextTask)
-    defaults = Options.text_to_image() if text else Options()
-    argv = ["--config", str(task.config), *task.flags]
-    options = parse_options(defaults, argv, script="job", description="", examples="")
+    text, options = isinstance(task, TextTask), task.options()
     model, precision = options.model, options.model.precision
     named = model.gpt_model in GPT_models and model.vq_model in VQ_models and model.image_size is not None
     if named and not (Path(model.gpt_ckpt).exists() and Path(model.vq_ckpt).exists()):
@@ -393,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocols = [protocol] if protocol.name == "XL" else [protocol, load_protocol("XL")]
     folder = output_folder(args, "figure9", protocol)
     task = getattr(protocol, args.tasks[0])
-    device = start_processes("--cpu" in task.flags).device
+    device = start_processes(task.cpu).device
     shapes = [shape_of(getattr(each, name), each.name, device) for each in protocols for name in args.tasks]
     room = free_gib(device) if args.max_gib is None else args.max_gib
 

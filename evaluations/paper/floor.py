@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from autoregressive.models.checkpoint import load_model
 from autoregressive.sample.job import start_processes
-from autoregressive.sample.options import Options, parse_options
 from autoregressive.sample.run_folder import bar_interval
 from autoregressive.sample.sampler import Blueprint, decode_images
 from evaluations.paper.protocol import ClassTask
@@ -34,8 +33,7 @@ def reconstructed(task: ClassTask, resize: str = "llamagen") -> Path:
         EvaluationError: the images are not there.
     """
     pictures = reference_images(task)
-    argv = ["--config", str(task.config), *task.flags]
-    options = parse_options(Options(), argv, script="job", description="", examples="")
+    options = task.options()
     state = start_processes(options.run.cpu)
     blueprint = Blueprint(options.model, state.device)
     size = options.run.image_size_eval or min(256, options.model.image_size)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from autoregressive.sample.options import ROOT, OptionError, UniqueKeyLoader, near, shown
+from autoregressive.sample.options import ROOT, OptionError, Options, UniqueKeyLoader, near, parse_options, shown
 
 CONFIGS = ROOT / "configs" / "paper"
 RESIZES = ("llamagen", "antialias")
@@ -35,6 +35,17 @@ class Task:
     seeds: tuple[int, ...]
     sample_dir: Path
     flags: tuple[str, ...] = ()
+
+    @property
+    def cpu(self) -> bool:
+        """Whether the flags keep to the CPU even where there is a GPU."""
+        return "--cpu" in self.flags
+
+    def options(self) -> Options:
+        """Those of the dense runs. Raises OptionError."""
+        defaults = Options.text_to_image() if isinstance(self, TextTask) else Options()
+        argv = ["--config", str(self.config), *self.flags]
+        return parse_options(defaults, argv, script="job", description="", examples="")
 
     def check(self) -> None:
         """Raises OptionError for values that nothing could be made with."""

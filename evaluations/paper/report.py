@@ -40,7 +40,7 @@ def write_report(
         runs: folders of sampling runs, whose configurations go there too.
     """
     command = shlex.join(["bash", f"scripts/reproduce_{name}.sh", *(sys.argv[1:] if argv is None else argv)])
-    machine = device_name(start_processes("--cpu" in task.flags).device)
+    machine = device_name(start_processes(task.cpu).device)
     text = f"`{command}` on {machine}\n\n{markdown}\n"
     configs = {}
     for run in runs:

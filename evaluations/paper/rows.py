@@ -14,7 +14,7 @@ from autoregressive.sample.sampler import cache_title
 from evaluations.features import open_set
 from evaluations.paired import Difference, KernelSums, kernel_sums, kid_difference, paired_t
 from evaluations.paper.protocol import ClassTask
-from evaluations.paper.runs import class_patterns, evaluated, features_of, resized, sampled
+from evaluations.paper.runs import evaluated, features_of, reference_set, resized, sampled
 
 # key of fid.py: its title, what it is multiplied by, digits
 METRICS = {
@@ -127,7 +127,7 @@ class Row:
 
 def class_row(task: ClassTask, cache: Mapping[str, Any] | None, seeds: Sequence[int], resize: str = "llamagen") -> Row:
     """Sample and evaluate what is missing of a row; `resize` is one of the task's ways of scaling."""
-    runs = [sampled(task, cache, seed) for seed in seeds]
+    runs = [sampled(task, cache, seed, judged=True) for seed in seeds]
     images = [resized(run, task) if resize == "antialias" else run for run in runs]
     results = [evaluated(folder, task) for folder in images]
     sums = [_sums(folder, task) for folder in images]
@@ -135,13 +135,11 @@ def class_row(task: ClassTask, cache: Mapping[str, Any] | None, seeds: Sequence[
 
 
 def _sums(run: Path, task: ClassTask) -> KernelSums | None:
-    reference, _, _ = open_set(
-        task.reference, task.feature_extractor, classes=class_patterns(task) if task.reference.is_dir() else None
-    )
+    reference, _ = reference_set(task)
     if reference is None:
         return None
     samples, _, _ = open_set(run, task.feature_extractor)
-    device = start_processes("--cpu" in task.flags).device
+    device = start_processes(task.cpu).device
     return kernel_sums(features_of(samples, task).features, features_of(reference, task).features, device)
 
 

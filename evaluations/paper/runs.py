@@ -4,6 +4,8 @@ Sampling and evaluating are processes of their own, as from a shell; with NPROC 
 Their progress bars are seen as usual.
 """
 
+import functools
+import glob
 import importlib
 import json
 import os
@@ -19,16 +21,23 @@ import torch
 from autoregressive.sample import decode_tokens
 from autoregressive.sample.job import start_processes
 from autoregressive.sample.labels import Classes
-from autoregressive.sample.options import ROOT, Options, parse_options, shown
+from autoregressive.sample.options import ROOT, shown
 from autoregressive.sample.sampler import Blueprint
-from evaluations.clip import clip_title
+from evaluations.clip import clip_title, load_clip
 from evaluations.extractors import EvaluationError, folder_state, load_extractor
-from evaluations.features import Features, FolderImages, ImageSet, extract, open_set
+from evaluations.features import Features, FolderImages, ImageSet, Statistics, extract, open_set
 from evaluations.paper.protocol import ClassTask, Task, TextTask
 from evaluations.table import find_result, write_result
 
 
-def sampled(task: Task, cache: Mapping[str, Any] | None = None, seed: int = 0, images: int | None = None) -> Path:
+def sampled(
+    task: Task,
+    cache: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    images: int | None = None,
+    *,
+    judged: bool = False,
+) -> Path:
     """The folder of a complete sampling run, which is made or finished first if need be.
 
     Args:
@@ -36,9 +45,10 @@ def sampled(task: Task, cache: Mapping[str, Any] | None = None, seed: int = 0, i
         cache: keys of CacheConfig and their values; None: the dense cache.
         seed: of the run; equal seeds make the same noise for every cache.
         images: how many; None: the task's own number.
+        judged: :func:`evaluated` or :func:`scored` is to follow; what they need is looked for before hours of sampling.
 
     Raises:
-        EvaluationError: sampling failed, and has told why.
+        EvaluationError: sampling failed, and has told why; or what judges the images is missing.
         OptionError, RunError, CheckpointError, TextEncoderError: nothing can be sampled like this.
     """
     images = task.images if images is None else images
@@ -49,8 +59,20 @@ def sampled(task: Task, cache: Mapping[str, Any] | None = None, seed: int = 0, i
     script = importlib.import_module(f"autoregressive.sample.{task.script}")
     job = script.job(argv)
     if not job["folder"].is_complete(job["settings"]):
+        if judged:
+            _look_for_judge(task)
         launch(Path(script.__file__), argv)
     return job["folder"].path
+
+
+@functools.cache
+def _look_for_judge(task: Task) -> None:
+    """Raises what evaluating the task's images would raise later."""
+    if isinstance(task, TextTask):
+        load_clip(task.clip_model, task.clip_pretrained)
+    else:
+        reference_set(task)
+        load_extractor(task.feature_extractor)
 
 
 def resized(run: Path, task: Task) -> Path:
@@ -59,7 +81,7 @@ def resized(run: Path, task: Task) -> Path:
     Raises:
         EvaluationError: it failed, and has told why.
     """
-    argv = [str(run), "--antialias", *(["--cpu"] if "--cpu" in task.flags else [])]
+    argv = [str(run), "--antialias", *(["--cpu"] if task.cpu else [])]
     job = decode_tokens.job(argv)
     if not job["folder"].is_complete(job["settings"]):
         launch(Path(decode_tokens.__file__), argv)
@@ -84,9 +106,8 @@ def evaluated(samples: Path, task: ClassTask) -> dict[str, Any]:
     Raises:
         EvaluationError: it failed, and has told why; or there is no such set.
     """
-    patterns = class_patterns(task) if task.reference.is_dir() else None
     ours, _, _ = open_set(samples, task.feature_extractor)
-    theirs, statistics, _ = open_set(task.reference, task.feature_extractor, classes=patterns)
+    theirs, statistics = reference_set(task)
     wanted = {
         "extractor": task.feature_extractor,
         "image_size": None,
@@ -95,7 +116,7 @@ def evaluated(samples: Path, task: ClassTask) -> dict[str, Any]:
     }
     found = find_result(samples, "fid", wanted)
     if found is None:
-        chosen = ["--reference-classes", *patterns] if patterns else []
+        chosen = ["--reference-classes", *theirs.classes] if getattr(theirs, "classes", None) else []
         flags = [str(samples), str(task.reference), "--feature-extractor", task.feature_extractor, *chosen]
         found = json.loads(launch(ROOT / "evaluations" / "fid.py", flags))
         write_result(samples, found)
@@ -126,15 +147,14 @@ def features_of(images: ImageSet | Features, task: ClassTask) -> Features:
     """The task's features of a set of images, as :func:`open_set` finds one; from the file beside it, where it is."""
     if isinstance(images, Features):
         return images
-    state = start_processes("--cpu" in task.flags)
+    state = start_processes(task.cpu)
     name = task.feature_extractor
     return extract(images, name, lambda: load_extractor(name), state, batch_size=64, workers=0)
 
 
 def class_names(task: ClassTask) -> list[str]:
     """Of the model's classes, one each."""
-    argv = ["--config", str(task.config), *task.flags]
-    options = parse_options(Options(), argv, script="job", description="", examples="")
+    options = task.options()
     Blueprint(options.model, torch.device("cpu"))  # tells the number of classes
     return Classes(options.model, options.run).names
 
@@ -143,8 +163,25 @@ def class_patterns(task: ClassTask) -> list[str] | None:
     """Patterns for the folders of the reference's images that count; None: all of them."""
     found = []
     for pattern in task.reference_classes:
-        found += [pattern.replace("{class}", name) for name in class_names(task)] if "{class}" in pattern else [pattern]
+        names = [glob.escape(name) for name in class_names(task)] if "{class}" in pattern else [""]
+        found += [pattern.replace("{class}", name) for name in names]
     return found or None
+
+
+def reference_set(task: ClassTask) -> tuple[ImageSet | Features | None, Statistics | None]:
+    """The task's reference: images or their features, and statistics, see :func:`open_set`.
+
+    Raises:
+        EvaluationError: it is not there, or can't be used.
+    """
+    if task.reference_images and ".features-" in task.reference.name and not task.reference.exists():
+        raise EvaluationError(
+            f"{task.reference}: no such file (c2i.reference); `python evaluations/paper/reference.py --model NAME` "
+            f"makes it from the images in {task.reference_images} (c2i.reference_images)"
+        )
+    classes = class_patterns(task) if task.reference.is_dir() else None
+    images, statistics, _ = open_set(task.reference, task.feature_extractor, classes=classes)
+    return images, statistics
 
 
 def reference_images(task: ClassTask) -> FolderImages:

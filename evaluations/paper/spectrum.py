@@ -38,7 +38,7 @@ from evaluations.paper.floor import reconstructed  # noqa: E402
 from evaluations.paper.protocol import ClassTask, add_model_flag, load_protocol, output_folder  # noqa: E402
 from evaluations.paper.report import interval_told, plt, save_plot, write_report  # noqa: E402
 from evaluations.paper.rows import NONE, Cost, markdown  # noqa: E402
-from evaluations.paper.runs import class_patterns, reference_images, sampled  # noqa: E402
+from evaluations.paper.runs import reference_images, reference_set, sampled  # noqa: E402
 from tokenizer.tokenizer_image.images import center_crop  # noqa: E402
 
 BATCH, MOST = 32, 10_000  # images at a time, and of a set
@@ -124,8 +124,7 @@ def spectrum(images: ImageSet, size: int) -> Spectrum:
 
 def data_set(task: ClassTask) -> ImageSet:
     """The reference's images. Raises EvaluationError if they are not there."""
-    patterns = class_patterns(task) if task.reference.is_dir() else None
-    found = open_set(task.reference, task.feature_extractor, classes=patterns)[0] if task.reference.exists() else None
+    found = reference_set(task)[0] if task.reference.exists() else None
     return reference_images(task) if found is None or isinstance(found, Features) else found
 
 

@@ -103,7 +103,7 @@ class Row:
 
 def text_row(task: TextTask, cache: Mapping[str, Any] | None) -> Row:
     """Sample and score what is missing of a row."""
-    runs = [sampled(task, cache, seed) for seed in task.seeds]
+    runs = [sampled(task, cache, seed, judged=True) for seed in task.seeds]
     results = [scored(run, task) for run in runs]
     lines = [
         [json.loads(line) for line in (run / result["scores"]).read_text(encoding="utf-8").splitlines()]

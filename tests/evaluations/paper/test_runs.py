@@ -1,3 +1,4 @@
+import fnmatch
 import json
 import sys
 
@@ -43,6 +44,34 @@ def test_a_run_of_other_models_is_no_such_run(tiny_protocol, tiny, launched, tmp
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match="holds a run with other settings"):
         sampled(tiny_protocol.c2i)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"c2i": {"reference": "gone"}}, "gone: no such file or folder"),
+        ({"c2i": {"reference": "gone.features-x.npz", "reference_images": "pictures"}}, "reference.py --model NAME"),
+        ({"c2i": {"feature_extractor": "stand-out"}}, "'stand-out': no such one"),
+        ({"t2i": {"clip_model": "local-dir:gone"}}, "gone"),
+    ],
+)
+def test_what_judges_images_is_looked_for_first(changes, message, protocol_file, launched):
+    """Sampling takes hours."""
+    ((section, _),) = changes.items()
+    task = getattr(load_protocol(str(protocol_file(**changes))), section)
+    with pytest.raises(EvaluationError, match=message):
+        sampled(task, judged=True)
+    assert not launched
+    sampled(task)  # to be looked at only
+    assert launched
+    assert sampled(task, judged=True).exists()  # what is there needs no judge yet
+
+
+def test_names_of_classes_are_no_patterns(tiny_protocol, monkeypatch):
+    monkeypatch.setattr(runs, "class_names", lambda task: ["a [new] *"])
+    (pattern,) = class_patterns(tiny_protocol.c2i)
+    assert fnmatch.fnmatch("00_a [new] *_set", pattern)
+    assert not fnmatch.fnmatch("00_a n b_set", pattern)
 
 
 def test_an_evaluation_is_made_once(tiny_protocol, launched):
