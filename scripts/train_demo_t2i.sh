@@ -41,7 +41,7 @@ common=(--text-path "$runs/text/train" --val-text-path "$runs/text/val" --gpt-mo
     --vq-ckpt $demo/vq.safetensors --dropout-p 0 --token-dropout-p 0 --token-noise 0.3 --mixed-precision none --num-workers 0
     --optimizer muon --lr 1.5e-3 --warmup-steps 50 --ema --top-k 200 --log-every 25 --eval-every 200 --ckpt-every 100)
 bash scripts/train_t2i.sh --code-path "$runs/codes128/train" --val-code-path "$runs/codes128/val" "${common[@]}" \
-    --global-batch-size 32 --ema-decay 0.99 --max-steps "${STAGE1_STEPS:-1500}" --sample-every 500 \
+    --global-batch-size 32 --ema-decay 0.99 --max-steps "${STAGE1_STEPS:-700}" --sample-every 350 \
     --init-from $demo/gpt_c2i.safetensors --results-dir "$runs/stage1"
 "$PYTHON" autoregressive/train/export.py --run "$runs/stage1" --out "$runs/stage1.safetensors" --dtype fp32
 bash scripts/train_t2i.sh --code-path "$runs/codes256/train" --val-code-path "$runs/codes256/val" "${common[@]}" \
