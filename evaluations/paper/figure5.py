@@ -59,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     protocol = load_protocol(args.model)
     # In turn, and not drawn by the seed: the classes of both seeds are the same.
-    task = replace(protocol.c2i, flags=(*protocol.c2i.flags, "--label-distribution", "balanced"))
+    task = replace(
+        protocol.c2i,
+        flags=(*protocol.c2i.flags, "--label-distribution", "balanced"),
+        sample_dir=protocol.c2i.sample_dir / "balanced",  # apart from runs of as many images with classes as drawn
+    )
     folder = output_folder(args, "figure5", protocol)
     seed, other_seed = task.seeds[0], max(task.seeds) + 1
     caches = [None, *({"policy": policy, "budget": args.budget} for policy in POLICIES)]

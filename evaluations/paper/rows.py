@@ -1,5 +1,6 @@
 """What the tables share: runs of a cache, one for each seed; what they cost, and how they differ from dense."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ METRICS = {
     "recall": ("recall", 1, 3),
     "kid": ("KID x 1000", 1000, 3),
 }
-COSTS = ("KV cache", "context", "KV MiB per image", "images/s", "ms per image")
+COSTS = ("KV cache", "context", "cache MiB per image", "images/s", "ms per step")
 NONE = "-"  # what can't be had
 
 
@@ -55,15 +56,19 @@ class Cost:
         return cache_title(_config(self.cache), self.tokens)
 
     def numbers(self) -> dict[str, Any]:
-        """For JSON: slots of image tokens in memory and attended to, bytes of a batch, and times by seed."""
+        """For JSON: slots of image tokens in memory and attended to, bytes of a batch (of keys and values, of the whole
+        cache, and the most that a process used), and times by seed."""
         cache = next((record["cache"] for record in self.records if record.get("cache")), {})
         return {
             "slots": cache.get("slots"),
             "context": _config(self.cache).slots(self.tokens),
             "tokens": self.tokens,
             "kv_bytes": cache.get("kv_bytes"),
+            "cache_bytes": cache.get("bytes"),
+            "peak_memory_bytes": [record.get("peak_memory_bytes") for record in self.records],
             "images_per_batch": cache.get("images_per_batch"),
             "images_per_second": [record.get("images_per_second") for record in self.records],
+            "step_ms": [_step_ms(record, self.tokens) for record in self.records],
             "interrupted": sum(bool(record["earlier_sessions"]) for record in self.records),
         }
 
@@ -74,10 +79,16 @@ class Cost:
         if found["slots"] is not None:
             less = f" (-{100 * (1 - found['slots'] / self.tokens):.1f} %)" if found["slots"] < self.tokens else ""
             slots = f"{found['slots']}{less}"
-            size = f"{found['kv_bytes'] / found['images_per_batch'] / 2**20:.2f}"
-        rates = [rate for rate in found["images_per_second"] if rate]
-        times = [1000 / rate for rate in rates]
-        return [slots, str(found["context"]), size, spread(rates, 2), spread(times, 0)]
+            size = f"{found['cache_bytes'] / found['images_per_batch'] / 2**20:.2f}"
+        rates, steps = ([value for value in found[key] if value] for key in ("images_per_second", "step_ms"))
+        return [slots, str(found["context"]), size, spread(rates, 2), spread(steps, 2)]
+
+
+def _step_ms(record: Mapping[str, Any], tokens: int) -> float | None:
+    """What a decode step of a batch took, on average over all processes of a run; the first step is the condition's."""
+    reports = record.get("processes", [])
+    batches = sum(math.ceil(report["images"] / record["per_proc_batch_size"]) for report in reports)
+    return 1000 * sum(report["seconds"]["gpt"] for report in reports) / (batches * tokens) if batches else None
 
 
 def _config(cache: Mapping[str, Any] | None) -> CacheConfig:
@@ -191,15 +202,18 @@ def told(difference: Difference | None, digits: int, scale: float = 1) -> str:
 def told_times(costs: Sequence[Cost]) -> str:
     """Where the memory and times of a table come from, and what they are worth."""
     records = [record for cost in costs for record in cost.records]
-    first = records[0]
     interrupted = sum(bool(record["earlier_sessions"]) for record in records)
     devices = ", ".join(sorted({record["device"] for record in records}))
-    batches = ", ".join(str(n) for n in sorted({record["per_proc_batch_size"] for record in records}))
+    processes, batches = (
+        " or ".join(map(str, sorted({record[key] for record in records})))
+        for key in ("world_size", "per_proc_batch_size")
+    )
     text = (
-        f"Memory and times are those of the sampling runs (run.json) on {devices}, {first['world_size']} process(es), "
-        f"batches of {batches}: the bytes of keys and values that were allocated, both halves of guidance, divided by "
-        "the images of a batch; and the time from the first token to the last file, where ms per image is "
-        "1000 / (images/s), not the wait for one image. Other work on the machine counts as well."
+        f"Memory and times are those of the sampling runs (run.json) on {devices}, {processes} process(es), "
+        f"batches of {batches}: the bytes that the cache has allocated for both halves of guidance, with all that the "
+        "policy notes beside keys and values, divided by the images of a batch; images/s from the first token to the "
+        "last file, of all processes together; and the mean time of a decode step, by which one process makes a token "
+        "for each image of a batch. Other work on the machine counts as well."
     )
     if interrupted:
         text += f" {interrupted} of {len(records)} runs were interrupted; their times are those of the last session."

@@ -71,7 +71,11 @@ def section(task: ClassTask, resize: str) -> tuple[str, dict, list[Row]]:
         cells = [spread([] if floor[key] is None else [floor[key]], d, scale) for key, (_, scale, d) in METRICS.items()]
         lines.insert(0, [title, *cells, *[NONE] * len(COSTS)])
         numbers["vq_reconstructions"] = {key: floor[key] for key in (*METRICS, "counts")}
-        note = f"The reconstructions are {floor['counts']['samples']} images."
+        pictures = task.reference_images or task.reference
+        note = (
+            f"The reconstructions are of the {floor['counts']['samples']} images in {pictures}. Where those are "
+            "the reference itself, each is compared with its original as well: no independent sample."
+        )
     table = markdown(["cache", *(name for name, _, _ in METRICS.values()), *COSTS], lines)
     tests = differences({row.cost.title: row for row in sparse}, dense)
     return f"{table}\n\n{note}\n\n{tests}", numbers, rows

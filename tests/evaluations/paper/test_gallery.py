@@ -60,6 +60,9 @@ def test_figure5(protocol_file, launched, tmp_path):
     assert found["rows"][-1]["cosine"] == pytest.approx(cosine(*features).mean())
     panels(tmp_path / "out" / "figure5.png", 4, 6)
     assert launched == ["sample_c2i_ddp"] * 5
+    # As many images with classes as drawn are other runs, elsewhere.
+    figure10.main(["--model", str(path), "--images", "6", "--output", str(tmp_path / "figure10")])
+    assert launched == ["sample_c2i_ddp"] * 8
 
 
 def test_differences_are_paired():

@@ -24,6 +24,8 @@ def test_table(protocol_file, launched, tmp_path, capsys):
     dense, adsa = section["rows"]
     assert adsa["kv_bytes"] == dense["kv_bytes"] * 10 // 37  # with the class token
     assert len(dense["fid"]) == len(adsa["images_per_second"]) == 2
+    assert min(dense["step_ms"] + dense["peak_memory_bytes"]) > 0 and dense["cache_bytes"] >= dense["kv_bytes"]
+    assert adsa["cache_bytes"] > adsa["kv_bytes"]
     less = adsa["less_dense"]
     assert less["fid"]["mean"] == pytest.approx(np.mean(np.subtract(adsa["fid"], dense["fid"])))
     assert (less["fid"]["count"], less["kid_images"]["count"]) == (2, 12)
@@ -106,13 +108,16 @@ def test_interrupted_runs_are_told(tmp_path):
         "world_size": 1,
         "per_proc_batch_size": 4,
         "images_per_second": 2.0,
-        "cache": {"slots": 9, "kv_bytes": 2**22, "images_per_batch": 4},
+        "cache": {"slots": 9, "kv_bytes": 2**21, "bytes": 2**22, "images_per_batch": 4},
+        # Batches of 4 and 2, and of 4 and 4: 4 times 36 steps in 7.2 s of work.
+        "processes": [{"images": 6, "seconds": {"gpt": 3.2}}, {"images": 8, "seconds": {"gpt": 4.0}}],
     }
-    broken = record | {"earlier_sessions": [{}], "cache": {}, "images_per_second": None}
+    broken = record | {"earlier_sessions": [{}], "cache": {}, "images_per_second": None, "processes": []}
     cost = Cost({"policy": "adsa", "budget": 9}, [broken, record])
-    assert cost.cells() == ["9 (-75.0 %)", "9", "1.00", "2.00", "500"]
+    assert cost.cells() == ["9 (-75.0 %)", "9", "1.00", "2.00", "50.00"]
     assert "1 of 2 runs were interrupted" in told_times([cost])
     assert "interrupted" not in told_times([Cost(None, [record])])
+    assert "2 or 8 process(es)" in told_times([Cost(None, [record | {"world_size": n} for n in (8, 2)])])
 
 
 def test_numbers_as_people_read_them():
