@@ -34,6 +34,9 @@ examples:
   the paper's protocol: 50 000 samples against ADM's ImageNet reference
     torchrun --standalone --nproc-per-node 8 evaluations/fid.py samples/RUN VIRTUAL_imagenet256_labeled.npz
   the demo, which needs no network
+    python evaluations/fid.py samples/RUN pretrained_models/demo/reference.features-efficientnet-lite0.npz \\
+        --feature-extractor efficientnet-lite0
+  pictures of some folders alone
     python evaluations/fid.py samples/RUN data/emoji/train --reference-classes '*_twemoji' \\
         --feature-extractor efficientnet-lite0"""
 

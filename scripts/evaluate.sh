@@ -3,7 +3,8 @@
 #
 #     bash scripts/evaluate.sh --help
 #     bash scripts/evaluate.sh samples/RUN VIRTUAL_imagenet256_labeled.npz
-#     bash scripts/evaluate.sh samples/RUN data/emoji/train --reference-classes '*_twemoji' --feature-extractor efficientnet-lite0
+#     bash scripts/evaluate.sh samples/RUN pretrained_models/demo/reference.features-efficientnet-lite0.npz \
+#         --feature-extractor efficientnet-lite0
 #     NPROC=8 bash scripts/evaluate.sh ...      by 8 processes, one for each GPU
 #
 # Flags are those of evaluations/fid.py.
