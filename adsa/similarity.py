@@ -84,13 +84,8 @@ class RunningSimilarity:
         dots = (self.total.unsqueeze(2) @ v.to(self.total.dtype).mT).squeeze(2)
         if self.joint:
             dots = dots.sum(1, keepdim=True)
-        return self.rounded(dots * self.inverse_norm[:, :, :count], count)
-
-    @staticmethod
-    def rounded(scores: Tensor, divisor: int = 1) -> Tensor:
-        """Scores / divisor, such that those of equal features are equal."""
-        tie = TIE.get(scores.dtype, TIE_SINGLE)
-        return (scores * (1 / (divisor * tie))).round() * tie
+        tie = TIE.get(v.dtype, TIE_SINGLE)
+        return (dots * self.inverse_norm[:, :, :count] * (1 / (count * tie))).round() * tie
 
     def tensors(self) -> dict[str, Tensor]:
         return {"total": self.total, "inverse_norm": self.inverse_norm}
