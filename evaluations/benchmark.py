@@ -1,0 +1,522 @@
+"""Time and memory of decoding: dense, ADSA and other caches, what others do instead, and the hardware's limit.
+
+See --help. What is timed is in decoders.py.
+"""
+
+import argparse
+import json
+import math
+import platform
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# Anything slow to import comes after the arguments are read.
+from evaluations.flags import positive  # noqa: E402
+from tokenizer.files import atomic_file, write_json  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
+
+    from adsa import CacheConfig
+    from autoregressive.models.gpt import Transformer
+    from evaluations.decoders import Decoder
+
+DESCRIPTION = """\
+Time decode steps and memory of several caches, all in one process: for each batch size, rounds in which every cache has
+its turn, in alternating order. A turn fills a cache with random keys and values up to the last --steps tokens of an
+image, and times these steps (forward, guidance, draw); with --whole-image also the decode of a whole batch.
+
+Each step is told against the roofline: the bytes that it must move (weights once, keys and values once) over the speed
+of a copy, and its floating-point operations over the speed of a matrix product, both measured in this run; the larger
+of the two is the limit."""
+EPILOG = """\
+A cache is `dense`, or POLICY-BUDGET, as adsa-256, or POLICY-BUDGET-renewN if one ranking serves N steps.
+
+Writes table.json (every number; rewritten after each turn), table.md and plot.png.
+
+examples:
+  the demo's shape on the CPU
+    python evaluations/benchmark.py --model GPT-Demo --cpu --caches dense adsa-256 --batches 1 8 --upstream --hf
+  LlamaGen-XL's shape, random weights; some minutes on a fast GPU
+    python evaluations/benchmark.py --model GPT-XL --dtype bf16 --batches 1 16 64 256 --upstream \\
+        --caches dense adsa-384 adsa-256 adsa-96 streaming-256 adsa-256-renew8 --output results/performance/xl
+  whole images, by the shipped checkpoint
+    python evaluations/benchmark.py --gpt-ckpt pretrained_models/demo/gpt_c2i.safetensors --whole-image"""
+
+WARM_UP = 4  # steps before those that are timed
+BREAKDOWN = 8  # steps, with --breakdown
+MIB = 2**20
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Of the command line; None: the process's own."""
+
+    def at_least_two(text: str) -> int:
+        if positive(text) < 2:
+            raise argparse.ArgumentTypeError("1 step has no percentiles: give 2 or more")
+        return int(text)
+
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--model", metavar="NAME", help="a registered size, on random weights (default: GPT-Demo)")
+    add("--gpt-ckpt", metavar="FILE", help="a checkpoint; one that doesn't tell its sizes needs --model too")
+    caches = ["dense", "adsa-384", "adsa-256", "adsa-96"]
+    add("--caches", nargs="+", default=caches, metavar="CACHE", help=f"see below (default: {' '.join(caches)})")
+    add("--batches", nargs="+", type=positive, default=[1, 16], metavar="N", help="images (default: 1 16)")
+    add("--cfg-scale", type=float, default=3.0, metavar="S", help="above 1, guidance doubles the rows (%(default)s)")
+    add("--tokens", type=positive, default=576, metavar="N", help="of an image, a perfect square (%(default)s)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="of weights and cache (default: bf16 on a GPU, else fp32)")
+    add("--compile", action=switch, default=False, help="torch.compile the models; a first round is not timed")
+    add("--repeats", type=positive, default=3, metavar="N", help="rounds (%(default)s)")
+    add("--steps", type=at_least_two, default=40, metavar="N", help="timed steps of each turn (%(default)s)")
+    add("--whole-image", action=switch, default=False, help="time whole decodes as well, one in each turn")
+    add("--breakdown", action="store_true", help="time the parts of a step as well, in other steps")
+    add("--upstream", action="store_true", help="also LlamaGen's own way: the whole length allocated, under a mask")
+    add("--hf", action="store_true", help="also transformers' Llama, with its DynamicCache and its StaticCache")
+    add("--cpu", action="store_true", help="even where there is a GPU")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, keys and values (%(default)s)")
+    told = "results/performance/benchmark"
+    add("--output", type=Path, default=Path(told), metavar="DIR", help="(%(default)s)")
+    args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "evaluations/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    if args.breakdown and args.compile:
+        parser.error("--breakdown looks between the parts of a step, and --compile fuses them: give one of them")
+    if math.isqrt(args.tokens) ** 2 != args.tokens:
+        parser.error(f"--tokens must be a perfect square, as the images are square, not {args.tokens}")
+    if first_timed(args) < 1:
+        parser.error(f"--steps {args.steps} leave no room to fill a cache, with --tokens {args.tokens}: give fewer")
+    return args
+
+
+def first_timed(args: argparse.Namespace) -> int:
+    """How many image tokens a cache is filled with before the first step of a turn."""
+    return args.tokens - args.steps - WARM_UP - (BREAKDOWN if args.breakdown else 0)
+
+
+# What is timed
+
+
+def cache_config(name: str, room: int) -> "CacheConfig":
+    """The cache that a name stands for.
+
+    Args:
+        name: "dense", or as "adsa-256" or "adsa-256-renew8".
+        room: the largest budget that is full when it is timed.
+
+    Raises:
+        OptionError: there is none.
+    """
+    from adsa import CacheConfig
+    from adsa.policies import POLICIES
+    from autoregressive.sample.options import OptionError
+
+    if name in ("dense", "full"):
+        return CacheConfig("full")
+    parts = re.fullmatch(r"(.+?)-(\d+)(?:-renew(\d+))?", name)
+    if not parts or parts[1] not in POLICIES or parts[1] == "full":
+        policies = ", ".join(policy for policy in POLICIES if policy != "full")
+        raise OptionError(
+            f"--caches: {name!r} is neither dense nor POLICY-BUDGET or POLICY-BUDGET-renewN; policies: {policies}"
+        )
+    if int(parts[2]) > room:
+        raise OptionError(
+            f"--caches: {name} would not be full when it is timed, with these --tokens and --steps: the largest "
+            f"budget is {room}"
+        )
+    try:
+        return CacheConfig(parts[1], int(parts[2]), renew_every=int(parts[3] or 1))
+    except ValueError as error:
+        raise OptionError(f"--caches: {name}: {error}") from None
+
+
+def build_model(args: argparse.Namespace, device: "torch.device", dtype: "torch.dtype") -> "Transformer":
+    """The checkpoint, or a registered size with random weights.
+
+    Raises:
+        OptionError: there is no such size, or none is told.
+        CheckpointError: the file can't be read, or is another model's.
+    """
+    import torch
+    from safetensors import safe_open
+
+    from autoregressive.models.checkpoint import load_model, read_state_dict
+    from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
+    from autoregressive.sample.options import OptionError, near
+
+    path, told = args.gpt_ckpt, {}
+    if path:
+        read_state_dict(path)  # a missing or damaged file is told first
+        if path.endswith(".safetensors"):
+            with safe_open(path, "pt") as file:
+                told = json.loads((file.metadata() or {}).get("args", "{}"))
+    if args.model is None and path and "dim" not in told:
+        raise OptionError(f"--gpt-ckpt {path} doesn't tell its sizes: give --model too, one of {', '.join(GPT_models)}")
+    name = args.model or "GPT-Demo"
+    if name not in GPT_models:
+        raise OptionError(f"--model {name!r} is not registered{near(name, list(GPT_models))}: {', '.join(GPT_models)}")
+    told["block_size"] = args.tokens
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**told)) if "dim" in told else GPT_models[name](**told)
+    model = model.eval().requires_grad_(False)
+    if path:
+        return load_model(model, path, device=device, dtype=dtype)
+    model = model.to(dtype).to_empty(device=device)
+    for tensor in model.state_dict().values():
+        tensor.normal_(std=0.02)
+    return model
+
+
+def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
+    """All that are timed, in the order of the table."""
+    from evaluations.decoders import HF, Decoder, HFModel, Upstream
+
+    names = list(dict.fromkeys(args.caches))
+    found = [Decoder(name, model, cache_config(name, first_timed(args))) for name in names]
+    if args.upstream:
+        found.append(Upstream("upstream", model))
+    models: list[Any] = [model]
+    if args.hf:
+        models.append(HFModel(model))
+        found += [HF(f"hf-{kind}", models[1], static=kind == "static") for kind in ("dynamic", "static")]
+    if args.compile:
+        import torch
+        import torch._dynamo.config as dynamo
+
+        for name in ("recompile_limit", "cache_size_limit"):  # the second is its name before torch 2.7
+            if hasattr(dynamo, name):
+                setattr(dynamo, name, 256)  # a graph or more for each cache and batch
+        for each in models:
+            each.forward = torch.compile(each.forward)
+    return found
+
+
+# Timing
+
+
+def turns(count: int, rounds: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(round, which) in the order of time: A B C, C B A, A B C."""
+    for number in rounds:
+        yield from ((number, which) for which in range(count)[:: -1 if number % 2 else 1])
+
+
+def take_turn(
+    decoder: "Decoder", model: "Transformer", images: int, args: argparse.Namespace, device: "torch.device"
+) -> dict[str, Any]:
+    """One turn of one cache.
+
+    Args:
+        decoder: whose.
+        model: ours, of the decoder's shape, which says what a step can't do without.
+        images: in the batch.
+        args: from :func:`arguments`.
+        device: where.
+
+    Returns:
+        "seconds" of each step, "image_seconds" or None, "breakdown" or None, bytes of the cache, and memory.
+    """
+    from evaluations.decoders import Stepper, bytes_in_use, demand, forget, time_image
+
+    guided = args.cfg_scale > 1
+    rows = images * (2 if guided else 1)
+    forget(device)
+    before = bytes_in_use(device)
+    kv = decoder.new_cache(rows, args.tokens)
+    decoder.fill(kv, first_timed(args))
+    stepper = Stepper(decoder, kv, images, guided, first_timed(args))
+    stepper.time(WARM_UP)
+    split = None
+    if args.breakdown and decoder.splits:
+        split = stepper.breakdown(BREAKDOWN)
+    elif args.breakdown:
+        stepper.time(BREAKDOWN)  # so that the steps that are timed are the same ones
+    seconds = stepper.time(args.steps)
+    peak = bytes_in_use(device, peak=True)
+    attended = decoder.attended(kv, args.tokens, args.steps)
+    turn = {
+        "seconds": seconds,
+        "image_seconds": None,
+        "breakdown": split,
+        "kv_bytes": kv.kv_nbytes(),
+        "cache_bytes": kv.nbytes(),
+        "peak_bytes": peak,
+        "beyond_weights_bytes": peak - before,
+        "attended": attended,
+        "demand": demand(model, rows, attended),
+    }
+    if args.whole_image:
+        del kv, stepper
+        forget(device)
+        turn["image_seconds"] = time_image(decoder, decoder.new_cache(rows, args.tokens), images, guided, args.tokens)
+    return turn
+
+
+def summary(row: dict[str, Any], dense: dict[str, Any] | None, limits: dict[str, float], tokens: int) -> dict[str, Any]:
+    """What the table says of a row.
+
+    Args:
+        row: with "turns", by round; see :func:`take_turn`.
+        dense: the row of the dense cache at this batch size, or None.
+        limits: "bytes_per_second" and "flops_per_second".
+        tokens: of an image.
+    """
+    done = list(row["turns"].values())
+    if not done:
+        return {}
+    steps = sorted(second for turn in done for second in turn["seconds"])
+    centiles = statistics.quantiles(steps, n=100, method="inclusive")
+    median = statistics.median(steps)
+    need = done[0]["demand"]
+    by_bytes, by_flops = need["bytes"] / limits["bytes_per_second"], need["flops"] / limits["flops_per_second"]
+    found = {
+        "step_ms": {
+            "mean": 1000 * statistics.mean(steps),
+            "p50": 1000 * median,
+            "p95": 1000 * centiles[94],
+            "p99": 1000 * centiles[98],
+        },
+        # As fast as that all along: pessimistic for a cache that grows, whose last steps are its slowest.
+        "steady_images_per_second": row["images"] / (median * tokens),
+        "limit_ms": 1000 * max(by_bytes, by_flops),
+        "limited_by": "memory" if by_bytes >= by_flops else "arithmetic",
+        "times_limit": median / max(by_bytes, by_flops),
+        **{key: max(turn[key] for turn in done) for key in ("kv_bytes", "cache_bytes", "peak_bytes")},
+        "beyond_weights_bytes": max(turn["beyond_weights_bytes"] for turn in done),
+    }
+    images = [turn["image_seconds"] for turn in done if turn["image_seconds"] is not None]
+    if images:
+        second = statistics.median(images)
+        found["whole_image"] = {
+            "seconds": second,
+            "step_ms": 1000 * second / tokens,
+            "tokens_per_second": row["images"] * tokens / second,
+            "images_per_second": row["images"] / second,
+        }
+    splits = [turn["breakdown"] for turn in done if turn["breakdown"]]
+    if splits:
+        found["breakdown_ms"] = {key: 1000 * statistics.median(split[key] for split in splits) for key in splits[0]}
+    if dense is not None:
+        common = [number for number in row["turns"] if number in dense["turns"]]
+        medians = [[statistics.median(each["turns"][number]["seconds"]) for number in common] for each in (row, dense)]
+        ratios = [mine / theirs for mine, theirs in zip(*medians, strict=True)]
+        if ratios:
+            found["against_dense"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return found
+
+
+# Results
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown."""
+    rows, limits, settings = record["rows"], record["limits"], record["settings"]
+    whole = any("whole_image" in row.get("summary", {}) for row in rows)
+    head = ["images", "cache", "step ms p50", "mean", "p95", "p99", "/ dense (min to max)", "limit ms", "/ limit"]
+    head += ["images/s, steady", "KV MiB", "cache MiB", "peak MiB", "beyond weights MiB"]
+    head += ["whole batch s", "images/s, whole"] if whole else []
+    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for row in rows:
+        found = row.get("summary")
+        cells = [str(row["images"]), row["cache"] + (f" (then {row['status']})" if found and row["status"] else "")]
+        if not found:
+            lines.append(f"| {' | '.join([*cells, row['status'], *[''] * (len(head) - 3)])} |")
+            continue
+        step, ratio = found["step_ms"], found.get("against_dense")
+        cells += [f"{step[key]:.3f}" for key in ("p50", "mean", "p95", "p99")]
+        cells.append(f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})" if ratio else "")
+        limit = f"{found['limit_ms']:.3f} ({found['limited_by']})"
+        cells += [limit, f"{found['times_limit']:.2f}", f"{found['steady_images_per_second']:.3f}"]
+        sizes = ("kv_bytes", "cache_bytes", "peak_bytes", "beyond_weights_bytes")
+        cells += [f"{found[key] / MIB:.1f}" for key in sizes]
+        if whole:
+            image = found.get("whole_image")
+            cells += [f"{image['seconds']:.2f}", f"{image['images_per_second']:.3f}"] if image else ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += breakdown_table(rows)
+    rows_told = "2 rows for each image (guidance)" if settings["cfg_scale"] > 1 else "1 row for each image"
+    memory = "torch's allocator" if record["device"] == "cuda" else "the process' resident memory"
+    lines += [
+        "",
+        f"`{record['command']}` on {record['machine']}, torch {record['versions']['torch']}.",
+        "",
+        f"{record['model']}, {settings['dtype']}{', compiled' if settings['compile'] else ''}, {settings['tokens']} "
+        f"tokens, {rows_told}. The last {settings['steps']} steps of an image, {settings['repeats']} rounds; "
+        f"`/ dense`: median of the rounds' ratios of median step times. Limit: a copy moves "
+        f"{limits['bytes_per_second'] / 1e9:.1f} GB/s, a matrix product makes "
+        f"{limits['flops_per_second'] / 1e12:.3f} TFLOP/s. Steady images/s: if all steps were as these. Peak: "
+        f"{memory}.",
+    ]
+    return "\n".join(lines)
+
+
+def breakdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown: the parts of a step; none if they were not measured."""
+    found = [row for row in rows if "breakdown_ms" in row.get("summary", {})]
+    if not found:
+        return []
+    parts = list(found[0]["summary"]["breakdown_ms"])
+    lines = [
+        "",
+        "Parts of a step in ms; they sum to the step, which the measuring makes longer:",
+        "",
+        f"| images | cache | {' | '.join(parts)} | sum |",
+        "|---|---|" + "---:|" * (len(parts) + 1),
+    ]
+    for row in found:
+        split = row["summary"]["breakdown_ms"]
+        cells = [f"{milliseconds:.3f}" for milliseconds in (*split.values(), sum(split.values()))]
+        lines.append(f"| {row['images']} | {row['cache']} | {' | '.join(cells)} |")
+    return lines
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Step latency and images/s against the batch size, a line for each cache."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    done = [row for row in record["rows"] if row.get("summary")]
+    whole = bool(done) and all("whole_image" in row["summary"] for row in done)
+    for name in dict.fromkeys(row["cache"] for row in done):
+        mine = sorted((row for row in done if row["cache"] == name), key=lambda row: row["images"])
+        sizes, told = [row["images"] for row in mine], [row["summary"] for row in mine]
+        left.plot(sizes, [each["step_ms"]["p50"] for each in told], "o-", label=name)
+        rates = [
+            each["whole_image"]["images_per_second"] if whole else each["steady_images_per_second"] for each in told
+        ]
+        right.plot(sizes, rates, "o-", label=name)
+    sizes = sorted({row["images"] for row in done})
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sizes, sizes)
+        axes.set_xlabel("images in a batch")
+        axes.grid(alpha=0.3, which="both")
+    left.set(ylabel="step latency, median (ms)", title=f"{record['model']}, {record['settings']['dtype']}")
+    right.set(ylabel="images/s", title="whole images" if whole else "if all steps were as the last")
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
+def machine(device: "torch.device") -> str:
+    """Device, and on a CPU how many threads."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpu.read_text()) if cpu.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str | None]:
+    """Of what times depend on. None: not installed."""
+    import torch
+
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for name in ("torch", "triton", "transformers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Time everything and write the results, which are returned as in table.json.
+
+    Raises:
+        OptionError, CheckpointError: what is asked for can't be.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from adsa.config import DTYPES
+    from evaluations.decoders import machine_limits, out_of_memory
+
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    if device.type == "cpu" and not args.cpu:
+        print("torch sees no GPU: this times the CPU", file=sys.stderr)
+    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    dtype = DTYPES[args.dtype]
+    for name in args.caches:
+        cache_config(name, first_timed(args))  # before anything slow
+    args.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")  # TF32, as sampling does
+    with torch.no_grad():
+        limits = machine_limits(device, dtype)
+        model = build_model(args, device, dtype)
+        sides = decoders(model, args)
+        settings = {name: value for name, value in vars(args).items() if name not in ("command", "output")}
+        record: dict[str, Any] = {
+            "command": args.command,
+            "machine": machine(device),
+            "device": device.type,
+            "versions": versions(),
+            "model": args.model or (Path(args.gpt_ckpt).name if args.gpt_ckpt else "GPT-Demo"),
+            "settings": settings,
+            "limits": limits,
+            "rows": [],
+        }
+        rounds = range(-1 if args.compile else 0, args.repeats)
+        bar = tqdm(total=len(args.batches) * len(rounds) * len(sides), unit=" turns", smoothing=0)
+        for images in args.batches:
+            rows = [{"images": images, "cache": side.name, "status": "", "turns": {}} for side in sides]
+            record["rows"] += rows
+            for number, which in turns(len(sides), rounds):
+                row = rows[which]
+                bar.set_description(f"{images} images, {row['cache']}")
+                if not row["status"]:
+                    try:
+                        turn = take_turn(sides[which], model, images, args, device)
+                        if number >= 0:
+                            row["turns"][number] = turn
+                    except (RuntimeError, MemoryError) as error:
+                        if not out_of_memory(error):
+                            raise
+                        row["status"] = "out of memory"
+                    dense = next((each for each in rows if each["cache"] in ("dense", "full")), None)
+                    for each in rows:
+                        each["summary"] = summary(each, dense, limits, args.tokens)
+                    write_json(args.output / "table.json", record)
+                bar.update()
+        bar.close()
+    draw(record, args.output / "plot.png")
+    text = table(record)
+    with atomic_file(args.output / "table.md") as file:
+        file.write(f"{text}\n".encode())
+    print(text)
+    print(args.output / "table.md")
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these arguments; None: the process's own."""
+    args = arguments(argv)
+    from autoregressive.models.checkpoint import CheckpointError
+    from autoregressive.sample.options import OptionError
+
+    try:
+        run(args)
+    except (OptionError, CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The benchmark on a tiny shape: what it counts and writes, and that what it times is decoding. Never its times."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adsa import CacheConfig
+from autoregressive.models.generate import generate
+from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
+from evaluations import benchmark, decoders
+from evaluations.decoders import HF, Decoder, HFModel, Stepper, Upstream
+
+TOKENS = 36
+SHAPE = {"dim": 16, "n_layer": 2, "n_head": 2, "multiple_of": 16, "vocab_size": 64, "num_classes": 5}
+CACHES = ["dense", "adsa-12", "streaming-12", "adsa-12-renew3"]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Registered as GPT-Tiny; and measuring the machine takes no time."""
+    monkeypatch.setitem(GPT_models, "GPT-Tiny", lambda **given: Transformer(ModelArgs(**SHAPE | given)))
+    monkeypatch.setattr(decoders, "machine_limits", lambda *_: {"bytes_per_second": 2e9, "flops_per_second": 1e9})
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(**SHAPE, block_size=TOKENS)).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.output.weight)
+    return model
+
+
+def benched(folder, *flags):
+    given = ["--model", "GPT-Tiny", "--cpu", "--tokens", str(TOKENS), "--steps", "4", "--repeats", "2"]
+    benchmark.main([*given, *flags, "--output", str(folder)])
+    return json.loads((folder / "table.json").read_text())
+
+
+def test_everything(tiny, tmp_path, capsys):
+    flags = ["--batches", "1", "3", "--upstream", "--hf", "--whole-image", "--breakdown"]
+    record = benched(tmp_path, "--caches", *CACHES, *flags)
+    names = [*CACHES, "upstream", "hf-dynamic", "hf-static"]
+    assert [(row["images"], row["cache"]) for row in record["rows"]] == [(n, name) for n in (1, 3) for name in names]
+    assert record["command"].startswith("python evaluations/benchmark.py --model GPT-Tiny")
+    weights = 2 * (16 * 48 + 16 * 16 + 3 * 16 * 48 + 2 * 16) + 16 + 64 * 16  # layers, last norm, head
+    for row in record["rows"]:
+        found, rows = row["summary"], 2 * row["images"]
+        assert [len(turn["seconds"]) for turn in row["turns"].values()] == [4, 4]
+        assert 0 < found["step_ms"]["p50"] <= found["step_ms"]["p95"] <= found["step_ms"]["p99"]
+        evicts = row["cache"] in CACHES[1:]
+        slots = {"upstream": 40}.get(row["cache"], 1 + (12 if evicts else TOKENS))
+        assert found["kv_bytes"] == 2 * 2 * rows * 16 * slots * 4, row["cache"]
+        assert found["cache_bytes"] >= found["kv_bytes"]
+        need = row["turns"]["0"]["demand"]
+        attended = 1 + (12 if evicts else (33 + 36) / 2)  # the last four steps of a dense decode have 33 to 36
+        assert need["weight_bytes"] == 4 * weights
+        assert need["kv_bytes"] == pytest.approx(2 * 2 * rows * 16 * attended * 4)
+        products = weights - 5 * 16
+        assert need["flops"] == pytest.approx(2 * rows * products + 4 * 2 * rows * 16 * attended)
+        assert row["turns"]["0"]["image_seconds"] > 0
+        if row["cache"].startswith("hf"):
+            assert "breakdown_ms" not in found
+        else:
+            parts = found["breakdown_ms"]
+            assert list(parts) == ["cache and selection", "attention", "head and sampling", "projections and FFN"]
+            assert min(parts.values()) > 0
+    text = (tmp_path / "table.md").read_text()
+    assert "| 3 | adsa-12-renew3 |" in text and record["command"] in text
+    assert text.strip() in capsys.readouterr().out
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_summary():
+    def row(*rounds, image=None):
+        turn = {"kv_bytes": 8, "cache_bytes": 9, "peak_bytes": 5, "beyond_weights_bytes": 4, "breakdown": None}
+        turn |= {"demand": {"bytes": 3e6, "flops": 1e6}, "image_seconds": image}
+        return {"images": 2, "turns": {i: turn | {"seconds": seconds} for i, seconds in enumerate(rounds)}}
+
+    dense = row([0.010, 0.010, 0.040], [0.020, 0.020, 0.020], [0.010, 0.010, 0.010])
+    mine = row([0.005, 0.005, 0.005], [0.020, 0.020, 0.090], image=4.0)
+    found = benchmark.summary(mine, dense, {"bytes_per_second": 1e9, "flops_per_second": 1e9}, 100)
+    assert found["against_dense"] == pytest.approx({"median": 0.75, "min": 0.5, "max": 1.0})
+    assert found["step_ms"]["p50"] == pytest.approx(12.5)
+    assert found["step_ms"]["mean"] == pytest.approx(145 / 6)
+    assert (found["limit_ms"], found["limited_by"]) == (pytest.approx(3.0), "memory")
+    assert found["times_limit"] == pytest.approx(12.5 / 3)
+    assert found["steady_images_per_second"] == pytest.approx(2 / 1.25)
+    assert found["whole_image"] == pytest.approx(
+        {"seconds": 4.0, "step_ms": 40.0, "tokens_per_second": 50.0, "images_per_second": 0.5}
+    )
+    slow = benchmark.summary(mine, None, {"bytes_per_second": 1e9, "flops_per_second": 1e8}, 100)
+    assert (slow["limit_ms"], slow["limited_by"]) == (pytest.approx(10.0), "arithmetic")
+    assert "against_dense" not in slow
+
+
+def test_turns_alternate():
+    order = list(benchmark.turns(2, range(-1, 2)))
+    assert order == [(-1, 1), (-1, 0), (0, 0), (0, 1), (1, 1), (1, 0)]
+
+
+def test_out_of_memory_loses_one_cache(tiny, tmp_path, monkeypatch):
+    class Hungry(Decoder):
+        def fill(self, kv, count):
+            if self.name == "adsa-12":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().fill(kv, count)
+
+    monkeypatch.setattr(decoders, "Decoder", Hungry)
+    record = benched(tmp_path, "--caches", "dense", "adsa-12", "--batches", "1")
+    dense, hungry = record["rows"]
+    assert (dense["status"], len(dense["turns"])) == ("", 2)
+    assert (hungry["status"], hungry["turns"]) == ("out of memory", {})
+    assert "| 1 | adsa-12 | out of memory |" in (tmp_path / "table.md").read_text()
+
+
+def test_other_errors_are_not_hidden(tiny, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes don't fit")
+
+    monkeypatch.setattr(Decoder, "fill", broken)
+    with pytest.raises(RuntimeError, match="shapes don't fit"):
+        benched(tmp_path, "--caches", "dense", "--batches", "1")
+
+
+def test_upstream_decodes_the_same(model):
+    cond, seeds = torch.tensor([1, 4]), torch.tensor([5, 6])
+    kv = Upstream("upstream", model).new_cache(4, TOKENS)
+    found = generate(model, cond, TOKENS, cfg_scale=2.0, seeds=seeds, kv=kv)
+    assert found.equal(generate(model, cond, TOKENS, cfg_scale=2.0, seeds=seeds))
+    assert found.unique().numel() > 10
+
+
+def test_llama_computes_with_our_weights(model):
+    """Both of its caches give what it gives without a cache; and its weights are ours, at no further memory."""
+    llama = HFModel(model)
+    cond, seeds = torch.tensor([1, 4]), torch.tensor([5, 6])
+    tokens = []
+    for static in (False, True):
+        kv = HF("hf", llama, static=static).new_cache(2, TOKENS)
+        tokens.append(generate(llama, cond, TOKENS, seeds=seeds, kv=kv))
+    assert tokens[0].equal(tokens[1])
+    whole = llama.llama(torch.cat([torch.zeros(2, 1, dtype=torch.long), tokens[0][:, :-1]], dim=1)).logits
+    greedy = HF("hf", llama, static=True).new_cache(2, TOKENS)
+    first = llama(cond_idx=cond, cache=greedy)[0]
+    torch.testing.assert_close(first[:, 0], whole[:, 0].float())
+    step = llama(idx=tokens[0][:, :1], input_pos=torch.tensor([1]), cache=greedy)[0]
+    torch.testing.assert_close(step[:, 0], whole[:, 1].float())
+    ours = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    assert {weight.untyped_storage().data_ptr() for weight in llama.llama.parameters()} <= ours
+
+
+@pytest.mark.parametrize("name, held", [("dense", 32), ("adsa-12", 12)])
+def test_full_when_timed(model, name, held):
+    """Else an evicting cache would be timed while it doesn't evict, and a dense one while it is short."""
+    decoder = Decoder(name, model, benchmark.cache_config(name, 32))
+    kv = decoder.new_cache(2, TOKENS)
+    decoder.fill(kv, 32)
+    assert kv.layers[0].filled == held
+    seconds = Stepper(decoder, kv, 1, True, 32).time(4)
+    assert len(seconds) == 4 and kv.layers[0].count == held + 4
+
+
+def test_cache_names():
+    assert benchmark.cache_config("adsa-256-renew8", 500) == CacheConfig("adsa", 256, renew_every=8)
+    assert benchmark.cache_config("adsa_inverse-64", 500) == CacheConfig("adsa_inverse", 64)
+    assert benchmark.cache_config("dense", 500) == CacheConfig("full")
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (
+            ["--caches", "adsaa-12"],
+            "'adsaa-12' is neither dense nor POLICY-BUDGET or POLICY-BUDGET-renewN; policies: adsa",
+        ),
+        (["--caches", "adsa-30"], "the largest budget is 28"),
+        (["--caches", "adsa-12-renew12"], "renew_every 12 is too large"),
+        (["--model", "GPT-Tin"], "did you mean GPT-Tiny"),
+        (["--gpt-ckpt", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--tokens", "35"], "a perfect square"),
+        (["--steps", "33"], "leave no room"),
+        (["--steps", "1"], "no percentiles"),
+        (["--compile", "--breakdown"], "give one of them"),
+    ],
+)
+def test_refused(tiny, tmp_path, capsys, flags, told):
+    with pytest.raises(SystemExit) as stop:
+        benched(tmp_path, *flags)
+    assert told in f"{stop.value} {capsys.readouterr().err}"
+
+
+def test_help_imports_nothing_slow():
+    script = Path(benchmark.__file__)
+    run = [sys.executable, "-X", "importtime", script, "--help"]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert "--caches" in done.stdout
+    assert not {"torch", "matplotlib", "numpy"} & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
