@@ -233,6 +233,7 @@ def take_turn(
     before = bytes_in_use(device)
     kv = decoder.new_cache(rows, args.tokens)
     decoder.fill(kv, first_timed(args))
+    forget(device)  # what filling took
     stepper = Stepper(decoder, kv, images, guided, first_timed(args))
     stepper.time(WARM_UP)
     split = None

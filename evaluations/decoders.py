@@ -76,14 +76,9 @@ class UpstreamLayer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As :meth:`adsa.LayerCache.attend`."""
         keys, values = self.update(k, v)
-        mask = self.cache.mask[:, None, self.cache.position]
         times = q.shape[1] // k.shape[1]  # copies even when it is 1
         keys, values = keys.repeat_interleave(times, dim=1), values.repeat_interleave(times, dim=1)
-        with sdpa_kernel(SDPBackend.MATH):
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        if self is self.cache.layers[-1]:
-            self.cache.position = self.cache.position[-1:] + 1
-        return out
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.cache.rows)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write at the sequence's positions, and return all slots."""
@@ -93,16 +88,19 @@ class UpstreamLayer:
 
 
 class UpstreamCache:
-    """One :class:`UpstreamLayer` per layer, and the causal mask, which upstream has for every row."""
+    """One :class:`UpstreamLayer` per layer, and the causal mask, which upstream has for every row of the batch."""
 
-    def __init__(self, model: Transformer, rows: int, tokens: int):
+    def __init__(self, model: Transformer, batch: int, tokens: int):
         args, weight = model.config, model.tok_embeddings.weight
         length = -(-(args.cls_token_num + tokens) // 8) * 8
-        self.batch, self.max_tokens, self.used = rows, tokens, False
-        self.position = torch.arange(args.cls_token_num, device=weight.device)
-        self.mask = torch.ones(length, length, dtype=torch.bool, device=weight.device).tril().repeat(rows, 1, 1)
-        shape = (rows, args.kv_heads, length, args.head_dim)
+        self.batch, self.max_tokens, self.used = batch, tokens, False
+        self.mask = torch.ones(length, length, dtype=torch.bool, device=weight.device).tril().repeat(batch, 1, 1)
+        shape = (batch, args.kv_heads, length, args.head_dim)
         self.layers = [UpstreamLayer(self, shape, weight.dtype, weight.device) for _ in range(args.n_layer)]
+
+    def begin(self, position: Tensor) -> None:
+        """The next tokens are at these positions of the sequence."""
+        self.position, self.rows = position, self.mask[:, None, position]
 
     def kv_nbytes(self) -> int:
         """Bytes of keys and values."""
@@ -113,19 +111,39 @@ class UpstreamCache:
         return self.kv_nbytes() + self.mask.nbytes
 
 
+class UpstreamModel:
+    """Our model, called with an :class:`UpstreamCache` and without fused attention, which upstream turns off."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, *, cache: UpstreamCache, input_pos: Tensor | None = None, **tokens: Tensor) -> tuple:
+        if input_pos is None:
+            cache.begin(torch.arange(self.config.cls_token_num, device=cache.mask.device))
+        else:
+            cache.begin(input_pos)
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.model(cache=cache, input_pos=input_pos, **tokens)
+
+
 class Upstream(Decoder):
-    """Our model with LlamaGen's own way of caching and attending (:class:`UpstreamLayer`)."""
+    """LlamaGen's own way of caching and attending (:class:`UpstreamLayer`) in our model."""
+
+    def __init__(self, name: str, model: Transformer):
+        super().__init__(name, UpstreamModel(model))
 
     def new_cache(self, rows: int, tokens: int) -> UpstreamCache:
-        return UpstreamCache(self.model, rows, tokens)
+        return UpstreamCache(self.model.model, rows, tokens)
 
     def fill(self, kv: UpstreamCache, count: int) -> None:
         args = self.model.config
-        kv.position = torch.arange(args.cls_token_num + count, device=kv.position.device)
+        kv.begin(torch.arange(args.cls_token_num + count, device=kv.mask.device))
         for layer in kv.layers:
             shape = (2, kv.batch, args.kv_heads, len(kv.position), args.head_dim)
             layer.update(*torch.randn(shape, device=layer.k.device, dtype=layer.k.dtype))
-        kv.position = kv.position[-1:] + 1
 
 
 class HFCache:
@@ -440,4 +458,5 @@ def time_image(decoder: Decoder, kv: Any, images: int, guided: bool, tokens: int
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this says that there is no memory left, on any device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    told = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # CUDA's, cuBLAS', the CPU allocator's
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in str(error) for each in told)

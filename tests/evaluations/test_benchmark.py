@@ -36,6 +36,7 @@ def model():
 
 def benched(folder, *flags):
     given = ["--model", "GPT-Tiny", "--cpu", "--tokens", str(TOKENS), "--steps", "4", "--repeats", "2"]
+    given += ["--caches", "dense"]
     benchmark.main([*given, *flags, "--output", str(folder)])
     return json.loads((folder / "table.json").read_text())
 
@@ -127,9 +128,9 @@ def test_other_errors_are_not_hidden(tiny, tmp_path, monkeypatch):
 
 
 def test_upstream_decodes_the_same(model):
-    cond, seeds = torch.tensor([1, 4]), torch.tensor([5, 6])
-    kv = Upstream("upstream", model).new_cache(4, TOKENS)
-    found = generate(model, cond, TOKENS, cfg_scale=2.0, seeds=seeds, kv=kv)
+    cond, seeds, upstream = torch.tensor([1, 4]), torch.tensor([5, 6]), Upstream("upstream", model)
+    kv = upstream.new_cache(4, TOKENS)
+    found = generate(upstream.model, cond, TOKENS, cfg_scale=2.0, seeds=seeds, kv=kv)
     assert found.equal(generate(model, cond, TOKENS, cfg_scale=2.0, seeds=seeds))
     assert found.unique().numel() > 10
 
