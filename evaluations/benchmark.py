@@ -351,7 +351,7 @@ def table(record: dict[str, Any]) -> str:
         f"`{record['command']}` on {record['machine']}, torch {record['versions']['torch']}.",
         "",
         f"{record['model']}, {settings['dtype']}{', compiled' if settings['compile'] else ''}, {settings['tokens']} "
-        f"tokens, {rows_told}. The last {settings['steps']} steps of an image, {settings['repeats']} rounds; "
+        f"tokens, {rows_told}. The last {settings['steps']} steps of an image, {settings['repeats']} round(s); "
         f"`/ dense`: median of the rounds' ratios of median step times. Limit: a copy moves "
         f"{limits['bytes_per_second'] / 1e9:.1f} GB/s, a matrix product makes "
         f"{limits['flops_per_second'] / 1e12:.3f} TFLOP/s. Steady images/s: if all steps were as these. Peak: "
@@ -475,9 +475,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "limits": limits,
             "rows": [],
         }
-        rounds = range(-1 if args.compile else 0, args.repeats)
-        bar = tqdm(total=len(args.batches) * len(rounds) * len(sides), unit=" turns", smoothing=0)
-        for images in args.batches:
+        rounds, batches = range(-1 if args.compile else 0, args.repeats), list(dict.fromkeys(args.batches))
+        bar = tqdm(total=len(batches) * len(rounds) * len(sides), unit=" turns", smoothing=0)
+        for images in batches:
             rows = [{"images": images, "cache": side.name, "status": "", "turns": {}} for side in sides]
             record["rows"] += rows
             for number, which in turns(len(sides), rounds):

@@ -103,6 +103,12 @@ def test_turns_alternate():
     assert order == [(-1, 1), (-1, 0), (0, 0), (0, 1), (1, 1), (1, 0)]
 
 
+def test_without_guidance(tiny, tmp_path):
+    (row,) = benched(tmp_path, "--batches", "3", "--cfg-scale", "1")["rows"]
+    assert row["summary"]["kv_bytes"] == 2 * 2 * 3 * 16 * (1 + TOKENS) * 4  # as many rows as images
+    assert "1 row for each image" in (tmp_path / "table.md").read_text()
+
+
 def test_out_of_memory_loses_one_cache(tiny, tmp_path, monkeypatch):
     class Hungry(Decoder):
         def fill(self, kv, count):
