@@ -22,14 +22,15 @@ from adsa.similarity import RunningSimilarity
 
 # Scores become fixed-point numbers with the position in the low bits: one integer order, ties included.
 _FRACTION = 2.0**28
-_LARGEST = 1e5
+_LARGEST = 2.0**15 - 1
 _POSITION_BITS = 18
+_NEVER = 1 << 62  # more than any rank; added, since masked_fill is several times as slow on a CPU
 
 
 def _ranks(score: Tensor, position: Tensor) -> Tensor:
     """int64 keys whose order is that of (score, position). ``[B, G, N]`` each."""
     wide = score.to(torch.promote_types(score.dtype, torch.float32)).clamp(-_LARGEST, _LARGEST)
-    return ((wide * _FRACTION).round().long() << _POSITION_BITS) + position
+    return torch.add(position, (wide * _FRACTION).round().long(), alpha=1 << _POSITION_BITS)
 
 
 def fold_bias(n: Tensor, dtype: torch.dtype) -> Tensor:
@@ -293,7 +294,7 @@ class LayerCache:
             first = self.prefix  # the prefix never leaves the first slots
             positions = self.positions[..., first:]
             ranks = _ranks(self.policy.score(self)[..., first:], positions)
-            ranks = ranks.masked_fill(positions > self.count - self.local, torch.iinfo(torch.int64).max)
+            ranks = ranks.add(positions > self.count - self.local, alpha=_NEVER)
             if self._order is None:
                 return ranks.argmin(-1, keepdim=True) + first
             self._order.copy_(ranks.topk(self._order.shape[-1], largest=False, sorted=True).indices + first)

@@ -5,7 +5,8 @@
 #     NPROC=8 bash scripts/reproduce_table2.sh --model XL    the paper's own protocol, by 8 GPUs; into results/table2_XL
 #     bash scripts/reproduce_table2.sh --help
 #
-# Flags are those of evaluations/paper/table2.py; NPROC is for the sampling and the evaluations that it starts.
+# Flags are those of evaluations/paper/table2.py; NPROC is for the sampling and the evaluations that it starts, FLAGS
+# are more flags for the sampling, as in FLAGS="--compile --per-proc-batch-size 64", which is twice as fast.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

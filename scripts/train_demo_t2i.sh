@@ -37,14 +37,19 @@ for split in train val; do
     done
 done
 
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    device=(--mixed-precision bf16 --num-workers 3)
+else
+    device=(--mixed-precision none --num-workers 0)
+fi
 common=(--text-path "$runs/text/train" --val-text-path "$runs/text/val" --gpt-model GPT-Demo
-    --vq-ckpt $demo/vq.safetensors --dropout-p 0 --token-dropout-p 0 --token-noise 0.3 --mixed-precision none --num-workers 0
-    --optimizer muon --lr 1.5e-3 --warmup-steps 50 --ema --top-k 200 --log-every 25 --eval-every 200 --ckpt-every 100)
+    --vq-ckpt $demo/vq.safetensors --dropout-p 0 --token-dropout-p 0 --token-noise 0.3 "${device[@]}" --global-batch-size 32
+    --optimizer muon --lr 1.5e-3 --warmup-steps 50 --ema --ema-decay 0.99 --top-k 200 --log-every 25 --ckpt-every 100)
 bash scripts/train_t2i.sh --code-path "$runs/codes128/train" --val-code-path "$runs/codes128/val" "${common[@]}" \
-    --global-batch-size 32 --ema-decay 0.99 --max-steps "${STAGE1_STEPS:-700}" --sample-every 350 \
+    --max-steps "${STAGE1_STEPS:-700}" --eval-every 200 --sample-every 350 \
     --init-from $demo/gpt_c2i.safetensors --results-dir "$runs/stage1"
 "$PYTHON" autoregressive/train/export.py --run "$runs/stage1" --out "$runs/stage1.safetensors" --dtype fp32
 bash scripts/train_t2i.sh --code-path "$runs/codes256/train" --val-code-path "$runs/codes256/val" "${common[@]}" \
-    --global-batch-size 16 --ema-decay 0.98 --max-steps "${STAGE2_STEPS:-1600}" --lr-schedule cosine --lr-min 1e-5 \
-    --init-from "$runs/stage1.safetensors" --sample-every 400 --results-dir "$runs/stage2"
+    --max-steps "${STAGE2_STEPS:-6000}" --eval-every 500 --sample-every 1500 --lr-schedule cosine --lr-min 1e-5 \
+    --init-from "$runs/stage1.safetensors" --results-dir "$runs/stage2"
 "$PYTHON" autoregressive/train/export.py --run "$runs/stage2" --out "$out/gpt_t2i.safetensors"

@@ -38,7 +38,7 @@ class Policy:
                 N being the image tokens now in it and G = H for a choice per head, 1 for one per layer.
 
         Returns:
-            ``[B, G, N]``; ranked in steps of 2^-28, and beyond +-100 000 all alike. Of equal scores the lowest position
+            ``[B, G, N]``; ranked in steps of 2^-28, and beyond +-32 767 all alike. Of equal scores the lowest position
             is evicted first (mode "evict") or kept first (mode "select").
         """
         raise NotImplementedError

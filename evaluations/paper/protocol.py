@@ -1,7 +1,11 @@
-"""Which models, budgets, seeds, counts and references a table or figure is made with: a YAML file of configs/paper."""
+"""Which models, budgets, seeds, counts and references a table or figure is made with: a YAML file of configs/paper.
+
+FLAGS in the environment are more flags for the sampling scripts, as in FLAGS="--compile --per-proc-batch-size 64".
+"""
 
 import argparse
 import os
+import shlex
 import types
 import typing
 from dataclasses import MISSING, dataclass, fields
@@ -166,6 +170,7 @@ def _task(path: Path, section: str, kind: type[Task], given: dict[str, Any]) -> 
                 raise OptionError(f"{path}: key '{section}.{name}': {error}") from None
         elif row.default is MISSING:
             raise OptionError(f"{path}: key '{section}.{name}' is missing")
+    values["flags"] = (*values.get("flags", ()), *shlex.split(os.environ.get("FLAGS", "")))
     try:
         task = kind(**values)
         task.check()

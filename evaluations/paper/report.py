@@ -1,6 +1,7 @@
 """What the scripts of this folder leave: table.md for people, table.json with every number, plots."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +40,9 @@ def write_report(
         numbers: goes into table.json.
         runs: folders of sampling runs, whose configurations go there too.
     """
-    command = shlex.join(["bash", f"scripts/reproduce_{name}.sh", *(sys.argv[1:] if argv is None else argv)])
+    given = [f"{key}={shlex.quote(os.environ[key])}" for key in ("NPROC", "FLAGS") if os.environ.get(key)]
+    script = shlex.join(["bash", f"scripts/reproduce_{name}.sh", *(sys.argv[1:] if argv is None else argv)])
+    command = " ".join([*given, script])
     machine = device_name(start_processes(task.cpu).device)
     text = f"`{command}` on {machine}\n\n{markdown}\n"
     configs = {}

@@ -20,6 +20,16 @@ def test_paths_start_from_the_file(protocol_file, tmp_path, monkeypatch):
     assert (folder / "open_clip_config.json").exists()
 
 
+def test_flags_from_the_environment(protocol_file, monkeypatch):
+    path = str(protocol_file())
+    own = load_protocol(path).c2i
+    monkeypatch.setenv("FLAGS", "--compile --per-proc-batch-size 77")
+    found = load_protocol(path)
+    assert found.c2i.flags == (*own.flags, "--compile", "--per-proc-batch-size", "77")
+    for task in (found.c2i, found.t2i):
+        assert (task.options().run.per_proc_batch_size, task.options().model.compile) == (77, True)
+
+
 @pytest.mark.parametrize("name", ["demo", "XL"])
 def test_protocols_that_ship(name):
     """Their configurations and budgets are there; what is downloaded or made need not be."""
