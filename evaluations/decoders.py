@@ -313,7 +313,7 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
         product of square matrices in this dtype.
     """
     cuda = device.type == "cuda"
-    source = torch.empty(2**30 if cuda else 2**27, dtype=torch.uint8, device=device).zero_()
+    source = torch.empty(2**30 if cuda else 2**29, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source).zero_()
     copy = _median_seconds(lambda: target.copy_(source), device)
     moved = 2 * source.nbytes

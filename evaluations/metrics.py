@@ -55,7 +55,7 @@ def compare(
             bar.update()
             bar.set_description(what)
 
-        own = fid_features_to_statistics(_double(samples.features))
+        own = moments(samples.features)
         images = None if reference is None else reference.features
         goal = _goal(images, statistics and (statistics.mu, statistics.sigma))
         found: dict[str, Any] = {"fid": frechet_distance(own, goal)}
@@ -68,7 +68,7 @@ def compare(
             None if reference is None else reference.spatial, statistics and (statistics.mu_s, statistics.sigma_s)
         )
         if samples.spatial is not None and goal is not None:
-            found["sfid"] = frechet_distance(fid_features_to_statistics(_double(samples.spatial)), goal)
+            found["sfid"] = frechet_distance(moments(samples.spatial), goal)
         begin("Inception Score")
         splits = max(1, min(IS_SPLITS, len(samples) // 2))
         found |= inception_score(samples.logits, splits)
@@ -88,6 +88,11 @@ def compare(
         },
         "notes": _notes(samples, reference, statistics, fid_infinity),
     }
+
+
+def moments(features: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean and covariance of features [N, D], for :func:`frechet_distance`."""
+    return fid_features_to_statistics(_double(features))
 
 
 def frechet_distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
@@ -116,7 +121,7 @@ def extrapolated_fid(features: np.ndarray, goal: dict[str, np.ndarray], points: 
     fids = []
     for size in tqdm(sizes, desc="FID of subsets", leave=False, disable=None):
         subset = features[rng.permutation(len(features))[:size]]
-        fids.append(frechet_distance(fid_features_to_statistics(_double(subset)), goal))
+        fids.append(frechet_distance(moments(subset), goal))
     return float(np.polyfit(1 / sizes, fids, 1)[1])
 
 

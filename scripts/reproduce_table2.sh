@@ -6,7 +6,7 @@
 #     bash scripts/reproduce_table2.sh --help
 #
 # Flags are those of evaluations/paper/table2.py; NPROC is for the sampling and the evaluations that it starts, FLAGS
-# are more flags for the sampling, as in FLAGS="--compile --per-proc-batch-size 64", which is twice as fast.
+# are more flags for the sampling, as in FLAGS="--per-proc-batch-size 32".
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,6 +1,6 @@
 """Which models, budgets, seeds, counts and references a table or figure is made with: a YAML file of configs/paper.
 
-FLAGS in the environment are more flags for the sampling scripts, as in FLAGS="--compile --per-proc-batch-size 64".
+FLAGS in the environment are more flags for the sampling scripts, as in FLAGS="--per-proc-batch-size 32".
 """
 
 import argparse

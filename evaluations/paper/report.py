@@ -28,6 +28,8 @@ def write_report(
     markdown: str,
     numbers: Mapping[str, Any],
     runs: Iterable[Path] = (),
+    *,
+    script: str | None = None,
 ) -> None:
     """Write table.md and table.json, and print the first.
 
@@ -39,10 +41,11 @@ def write_report(
         markdown: the table and what is to be said of it.
         numbers: goes into table.json.
         runs: folders of sampling runs, whose configurations go there too.
+        script: of the folder scripts, without .sh; None: "reproduce_" and the name.
     """
     given = [f"{key}={shlex.quote(os.environ[key])}" for key in ("NPROC", "FLAGS") if os.environ.get(key)]
-    script = shlex.join(["bash", f"scripts/reproduce_{name}.sh", *(sys.argv[1:] if argv is None else argv)])
-    command = " ".join([*given, script])
+    called = ["bash", f"scripts/{script or f'reproduce_{name}'}.sh", *(sys.argv[1:] if argv is None else argv)]
+    command = " ".join([*given, shlex.join(called)])
     machine = device_name(start_processes(task.cpu).device)
     text = f"`{command}` on {machine}\n\n{markdown}\n"
     configs = {}

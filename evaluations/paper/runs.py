@@ -12,6 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,18 +52,41 @@ def sampled(
         EvaluationError: sampling failed, and has told why; or what judges the images is missing.
         OptionError, RunError, CheckpointError, TextEncoderError: nothing can be sampled like this.
     """
+    script, argv, job = _planned(task, cache, seed, images)
+    if not job["folder"].is_complete(job["settings"]):
+        if judged:
+            _look_for_judge(task)
+        launch(Path(script.__file__), argv)
+    return job["folder"].path
+
+
+def identity_of(task: Task, cache: Mapping[str, Any] | None, seed: int, images: int) -> dict[str, Any]:
+    """All that the images of a run and what is said of them depend on; nothing is sampled. JSON-able.
+
+    Raises:
+        EvaluationError, OptionError, CheckpointError: as :func:`sampled`.
+    """
+    settings = _planned(task, cache, seed, images)[2]["settings"]
+    if isinstance(task, TextTask):
+        judge = {"clip": clip_title(task.clip_model, task.clip_pretrained), "prefix": task.clip_prefix}
+        judge["clip_files"] = folder_state(task.clip_model)
+    else:
+        theirs, statistics = reference_set(task)
+        judge = {"extractor": task.feature_extractor, "reference": (theirs or statistics).identity}
+    return json.loads(json.dumps(settings | judge | {"images": images}))
+
+
+def _planned(
+    task: Task, cache: Mapping[str, Any] | None, seed: int, images: int | None
+) -> tuple[types.ModuleType, list[str], dict[str, Any]]:
+    """The sampling script of a run, its flags, and what it makes of them."""
     images = task.images if images is None else images
     argv = ["--config", str(task.config), *task.flags, *cache_flags(cache), "--seed", str(seed)]
     argv += ["--num-fid-samples", str(images), "--sample-dir", str(task.sample_dir / f"{images}_images")]
     if isinstance(task, TextTask):
         argv += ["--prompts", str(task.prompts)]
     script = importlib.import_module(f"autoregressive.sample.{task.script}")
-    job = script.job(argv)
-    if not job["folder"].is_complete(job["settings"]):
-        if judged:
-            _look_for_judge(task)
-        launch(Path(script.__file__), argv)
-    return job["folder"].path
+    return script, argv, script.job(argv)
 
 
 @functools.cache

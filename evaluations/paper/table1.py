@@ -32,9 +32,9 @@ precision, recall and KID, with the slots, memory and time that they cost; mean 
 tests against dense. Also the tokenizer's own reconstructions of the reference, which no GPT is expected to beat.
 
 Samples and evaluates what is not there yet, in the sample_dir of the protocol; started again, it goes on. Writes
-table.md and table.json. The demo's 6336 images take about an hour on two CPU cores (with FLAGS="--compile
---per-proc-batch-size 64"), without a network. Give all rows the same NPROC and FLAGS, and the machine nothing else to
-do, or their times do not compare."""
+table.md and table.json. The demo's 6336 images take about an hour on two CPU cores (with NPROC=2
+FLAGS="--per-proc-batch-size 32"), without a network. Give all rows the same NPROC and FLAGS, and the machine nothing
+else to do, or their times do not compare."""
 
 # model: FID, IS, precision, recall, KV cache, context. The first ones are others', as the paper has them.
 PAPER = {

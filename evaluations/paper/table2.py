@@ -28,7 +28,7 @@ with their intervals, with the slots, memory and time that they cost; deviation 
 dense.
 
 Samples and scores what is not there yet, in the sample_dir of the protocol; started again, it goes on. Writes table.md
-and table.json. The demo's 6000 images take about four hours on two CPU cores, without a network."""
+and table.json. The demo's 3072 images take an estimated two hours on two CPU cores, without a network."""
 
 # model: CLIP score, KV cache and context. All with 1024 tokens.
 PAPER = {

@@ -26,7 +26,7 @@ prefix; the newest token always stays. With no part at all, tokens are chosen at
 
 Samples and evaluates what is not there yet, in the sample_dir of the protocol; started again, it goes on. Writes
 table.md and table.json. The demo's 35 904 images, 6336 of which are Table 1's, take an estimated five hours on two CPU
-cores (with FLAGS="--compile --per-proc-batch-size 64"), without a network."""
+cores (with NPROC=2 FLAGS="--per-proc-batch-size 32"), without a network."""
 
 PARTS = ("prefix", "select", "local")
 # FID, IS, precision, recall, all with LlamaGen-XL and 384 of 576 tokens.

@@ -1,0 +1,381 @@
+"""Every policy at the same budgets, on common random numbers: against data and dense images. See --help."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from adsa import CacheConfig  # noqa: E402
+from adsa.policies import POLICIES  # noqa: E402
+from autoregressive.sample.job import guarded, start_processes  # noqa: E402
+from autoregressive.sample.options import OptionError  # noqa: E402
+from evaluations.bootstrap import mean_interval  # noqa: E402
+from evaluations.features import open_set  # noqa: E402
+from evaluations.flags import positive  # noqa: E402
+from evaluations.metrics import frechet_distance, moments  # noqa: E402
+from evaluations.paired import Difference, KernelSums, kernel_sums, kid_difference, paired_t  # noqa: E402
+from evaluations.paper.likeness import cosine  # noqa: E402
+from evaluations.paper.protocol import (  # noqa: E402
+    ClassTask,
+    Protocol,
+    Task,
+    add_model_flag,
+    load_protocol,
+    output_folder,
+)
+from evaluations.paper.report import interval_told, plt, save_plot, write_report  # noqa: E402
+from evaluations.paper.rows import NONE, Cost, markdown, spread, told  # noqa: E402
+from evaluations.paper.runs import (  # noqa: E402
+    class_names,
+    evaluated,
+    features_of,
+    identity_of,
+    reference_set,
+    sampled,
+    scored,
+)
+from tokenizer.files import write_json  # noqa: E402
+
+DESCRIPTION = """\
+Sample the same seeds and conditions with every policy at every budget, and compare: with the data (KID and FID by
+class, CLIP score by text), and with the dense images of the same noise (cosine of features, image by image; FID; tokens
+that are the same).
+
+Each cache and seed is a cell: cells/*.json in the output folder, from which table.md, table.json and curves.png are
+made. A cell that is there is not made again, and needs no images any more. Cells of other policies, budgets and seeds
+than the flags name stay, and are left out."""
+BUDGETS = {"c2i": [384, 256, 192, 128, 96, 64], "t2i": [768, 512, 256, 170]}
+DIGITS = 6  # of numbers by image
+# What judges images by class, and by text: key, its title, what it is multiplied by, digits. The first is tested.
+JUDGES = {
+    "c2i": (("kid", "KID x 1000", 1000, 3), ("fid", "FID", 1, 2)),
+    "t2i": (("clip_score", "CLIP score", 1, 4), ("r_precision", "R-precision", 1, 4)),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cache with one seed.
+
+    Attributes:
+        cache: keys of CacheConfig with its split; None: dense.
+        judged: of fid.py or clip_score.py.
+        cost: what :class:`Cost` tells.
+        against_dense: "fid", and by image "likeness" and "same_tokens"; empty for the dense cache itself.
+        images: by image: "own" and "cross" of :class:`KernelSums`, or "clip_score"; and "kind", the class of an image.
+        reference: images that it has; 0 by text.
+    """
+
+    cache: dict[str, Any] | None
+    judged: dict[str, Any]
+    cost: dict[str, Any]
+    against_dense: dict[str, Any]
+    images: dict[str, list]
+    reference: int
+
+    @cached_property
+    def sums(self) -> KernelSums:
+        return KernelSums(np.array(self.images["own"]), np.array(self.images["cross"]), self.reference)
+
+
+class Experiment:
+    """Makes cells, and reads those that are there.
+
+    Args:
+        protocol: whose.
+        kind: "c2i" or "t2i".
+        images: of each cell.
+        folder: of the cells.
+    """
+
+    def __init__(self, protocol: Protocol, kind: str, images: int, folder: Path):
+        self.task: Task = getattr(protocol, kind)
+        self.judge: ClassTask = protocol.c2i  # whose features are compared
+        self.images, self.folder = images, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def cell(self, cache: dict[str, Any] | None, seed: int) -> Cell:
+        """The cell, made if it isn't there.
+
+        Raises:
+            EvaluationError, OptionError: it can't be made; or the file is of other models, images or references.
+        """
+        path = self.folder / f"{cell_name(cache)}-seed{seed}.json"
+        identity = identity_of(self.task, cache, seed, self.images)
+        if path.exists():
+            try:
+                content = json.loads(path.read_text())
+                there = content.pop("identity")
+                found = Cell(**content)
+            except (ValueError, KeyError, TypeError) as error:
+                raise OptionError(f"{path}: no readable cell ({error!r}); delete it to make it again") from error
+            if there != identity:
+                other = [key for key in {*there, *identity} if there.get(key) != identity.get(key)]
+                raise OptionError(
+                    f"{path}: made with other {', '.join(sorted(other))}; give another --output, or delete it"
+                )
+            return found
+        made = self._make(cache, seed)
+        write_json(path, {"identity": identity, **asdict(made)})
+        return made
+
+    def _make(self, cache: dict[str, Any] | None, seed: int) -> Cell:
+        run = sampled(self.task, cache, seed, self.images, judged=True)
+        features = features_of(open_set(run, self.judge.feature_extractor)[0], self.judge).features
+        if isinstance(self.task, ClassTask):
+            reference = features_of(reference_set(self.task)[0], self.task).features
+            sums = kernel_sums(features, reference, start_processes(self.task.cpu).device)
+            result = evaluated(run, self.task)
+            judged = {key: result[key] for key in ("fid", "kid", "precision", "recall")}
+            images = {
+                "own": sums.own.tolist(),
+                "cross": sums.cross.tolist(),
+                "kind": np.load(run / "labels.npy").tolist(),
+            }
+        else:
+            result, reference = scored(run, self.task), ()
+            lines = map(json.loads, (run / result["scores"]).read_text(encoding="utf-8").splitlines())
+            images = {"clip_score": [round(line["clip_score"], DIGITS) for line in lines]}
+            judged = {key: result[key] for key in ("clip_score", "r_precision")}
+        against = {}
+        if cache is not None:
+            dense = sampled(self.task, None, seed, self.images)
+            theirs = features_of(open_set(dense, self.judge.feature_extractor)[0], self.judge).features
+            same = (tokens_of(run, self.images) == tokens_of(dense, self.images)).mean(1)
+            against = {
+                "fid": frechet_distance(moments(features), moments(theirs)),
+                "likeness": np.round(cosine(features, theirs), DIGITS).tolist(),
+                "same_tokens": np.round(same, DIGITS).tolist(),
+            }
+        return Cell(cache, judged, Cost.of(cache, [run]).numbers(), against, images, len(reference))
+
+
+def tokens_of(run: Path, images: int) -> np.ndarray:
+    """Of a finished run: [images, tokens]."""
+    return np.stack([np.load(run / "tokens" / f"{index:06d}.npy") for index in range(images)])
+
+
+def resolved(policy: str, budget: int, common: bool) -> dict[str, Any]:
+    """A cache with its split: the policy's own, or where `common` ADSA's."""
+    prefix, local = CacheConfig("adsa" if common else policy, budget).split
+    return {"policy": policy, "budget": budget, "prefix": prefix, "local": local}
+
+
+def cell_name(cache: Mapping[str, Any] | None) -> str:
+    """'adsa-256-32-128': policy, budget, prefix, local."""
+    return "dense" if cache is None else "-".join(map(str, cache.values()))
+
+
+@dataclass(frozen=True)
+class Row:
+    """The cells of one cache, by seed, and those of the dense cache."""
+
+    cells: list[Cell]
+    dense: list[Cell]
+
+    @property
+    def cache(self) -> dict[str, Any]:
+        return self.cells[0].cache
+
+    def mean_of(self, key: str) -> list[float]:
+        """[mean, low, high] of "likeness" or "same_tokens": mean over seeds of each image, then over images."""
+        values = np.mean([cell.against_dense[key] for cell in self.cells], axis=0)
+        return [*map(float, mean_interval(values))]
+
+    @cached_property
+    def less_dense(self) -> Difference | None:
+        """KID, or by text CLIP score, less dense, paired by image."""
+        if "own" in self.cells[0].images:
+            return kid_difference(
+                [(mine.sums, theirs.sums) for mine, theirs in zip(self.cells, self.dense, strict=True)]
+            )
+        mine, theirs = (
+            np.mean([cell.images["clip_score"] for cell in cells], axis=0) for cells in (self.cells, self.dense)
+        )
+        return paired_t(mine, theirs)
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "cache": self.cache,
+            "judged": [cell.judged for cell in self.cells],
+            "less_dense": self.less_dense and self.less_dense.values(),
+            "fid_against_dense": [cell.against_dense["fid"] for cell in self.cells],
+            "likeness": self.mean_of("likeness"),
+            "same_tokens": self.mean_of("same_tokens"),
+            "cost": [cell.cost for cell in self.cells],
+        }
+
+
+def table(rows: Sequence[Row], dense: Sequence[Cell], kind: str) -> str:
+    """Markdown: a table for each budget, the most like the dense images first."""
+    (_, tested, scale, digits), (_, other, _, _) = JUDGES[kind]
+    columns = ["policy", "n + K + m", tested, f"{tested}, less dense", other, "likeness to dense", "FID to dense"]
+    columns += ["tokens as dense", "cache MiB per image", "images/s"]
+    first, second = _judged(dense, kind)
+    parts = [f"Dense: {tested} {first}, {other} {second}."]
+    for budget in sorted({row.cache["budget"] for row in rows}, reverse=True):
+        of_budget = [row for row in rows if row.cache["budget"] == budget]
+        lines = []
+        for row in sorted(of_budget, key=lambda row: -row.mean_of("likeness")[0]):
+            n, m = row.cache["prefix"], row.cache["local"]
+            first, second = _judged(row.cells, kind)
+            mean, *interval = row.mean_of("likeness")
+            cost = row.cells[0].cost
+            rates = [rate for cell in row.cells for rate in cell.cost["images_per_second"] if rate]
+            lines.append(
+                [
+                    row.cache["policy"],
+                    f"{n} + {budget - n - m} + {m}",
+                    first,
+                    told(row.less_dense, digits, scale),
+                    second,
+                    interval_told(mean, interval),
+                    spread([cell.against_dense["fid"] for cell in row.cells], 2),
+                    f"{100 * row.mean_of('same_tokens')[0]:.1f} %",
+                    f"{cost['cache_bytes'] / cost['images_per_batch'] / 2**20:.2f}" if cost["cache_bytes"] else NONE,
+                    spread(rates, 2),
+                ]
+            )
+        parts.append(f"### {budget} of {dense[0].cost['tokens']} tokens\n\n{markdown(columns, lines)}")
+    return "\n\n".join(parts)
+
+
+def _judged(cells: Sequence[Cell], kind: str) -> list[str]:
+    """The numbers of JUDGES, over the seeds."""
+    return [
+        spread([cell.judged[key] for cell in cells if cell.judged[key] is not None], digits, scale)
+        for key, _, scale, digits in JUDGES[kind]
+    ]
+
+
+def draw(rows: Sequence[Row], kind: str, path: Path) -> None:
+    """What is judged less dense, and likeness to dense, against the budget."""
+    _, name, scale, _ = JUDGES[kind][0]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
+    for index, policy in enumerate(dict.fromkeys(row.cache["policy"] for row in rows)):
+        mine = sorted((row for row in rows if row.cache["policy"] == policy), key=lambda row: row.cache["budget"])
+        budgets = [row.cache["budget"] for row in mine]
+        style = {"color": plt.get_cmap("tab20")(index % 20), "marker": "o", "linewidth": 2.5 if policy == "adsa" else 1}
+        tests = [row.less_dense for row in mine]
+        if all(tests):
+            _curve(left, budgets, [[scale * value for value in (t.mean, t.low, t.high)] for t in tests], policy, style)
+        _curve(right, budgets, [row.mean_of("likeness") for row in mine], policy, style)
+    ticks = sorted({row.cache["budget"] for row in rows})
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, ticks)
+        axes.set_xlabel("cached image tokens")
+        axes.grid(alpha=0.3)
+    left.axhline(0, color="black", linewidth=0.8)
+    left.set_ylabel(f"{name}, less dense")
+    right.set_ylabel("likeness to the dense image (cosine of features)")
+    right.legend(fontsize=8, ncols=2)
+    save_plot(path, figure)
+
+
+def _curve(axes, budgets: Sequence[int], values: Sequence[Sequence[float]], label: str, style: dict[str, Any]) -> None:
+    """Of mean, low, high at each budget."""
+    mean, low, high = np.array(values).T
+    axes.errorbar(budgets, mean, [mean - low, high - mean], capsize=2, label=label, **style)
+
+
+def failures(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
+    """Which classes break first: mean likeness to dense by class, at the smallest budget of each policy."""
+    found = {}
+    for policy in dict.fromkeys(row.cache["policy"] for row in rows):
+        row = min((row for row in rows if row.cache["policy"] == policy), key=lambda row: row.cache["budget"])
+        values: dict[str, list[float]] = {}
+        for cell in row.cells:
+            for kind, likeness in zip(cell.images["kind"], cell.against_dense["likeness"], strict=True):
+                values.setdefault(names[kind], []).append(likeness)
+        means = sorted((float(np.mean(of_class)), name, len(of_class)) for name, of_class in values.items())
+        found[policy] = {
+            "budget": row.cache["budget"],
+            "classes": [{"class": name, "likeness": mean, "images": count} for mean, name, count in means],
+        }
+    return found
+
+
+def failures_told(found: Mapping[str, Any], most: int = 5) -> str:
+    """Markdown: the classes that change most, and least."""
+    lines = [
+        [policy, str(of_policy["budget"])]
+        + [
+            ", ".join(f"{one['class']} {one['likeness']:.2f}" for one in part)
+            for part in (of_policy["classes"][:most], of_policy["classes"][::-1][:most])
+        ]
+        for policy, of_policy in found.items()
+    ]
+    return markdown(["policy", "budget", "least like dense", "most like dense"], lines)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Of the command line; None: the process's own."""
+    known = [name for name in POLICIES if name != "full"]
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add_model_flag(parser)
+    add("--task", choices=("c2i", "t2i"), default="c2i", help="images by class (default) or by text")
+    add("--policies", nargs="+", choices=known, default=known, metavar="NAME", help="default: all that there are")
+    add("--budgets", nargs="+", type=positive, metavar="N", help=f"cached image tokens (default: {BUDGETS})")
+    add("--seeds", nargs="+", type=int, metavar="N", help="default: the protocol's")
+    add("--images", type=positive, metavar="N", help="of each cache and seed (default: the protocol's)")
+    add(
+        "--split",
+        choices=("own", "common"),
+        default="own",
+        help="first and newest tokens that always stay: each policy's own numbers (default), or ADSA's for all",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these arguments; None: the process's own."""
+    args = arguments(argv)
+    protocol = load_protocol(args.model)
+    task: Task = getattr(protocol, args.task)
+    name = "headtohead" if args.task == "c2i" else "headtohead_t2i"
+    folder = output_folder(args, name, protocol)
+    seeds, images = args.seeds or list(task.seeds), args.images or task.images
+    budgets = sorted(set(args.budgets or BUDGETS[args.task]), reverse=True)
+    caches = [resolved(policy, budget, args.split == "common") for budget in budgets for policy in args.policies]
+    experiment = Experiment(protocol, args.task, images, folder / "cells")
+    wanted = [(cache, seed) for seed in seeds for cache in [None, *caches]]
+    cells = {}
+    for cache, seed in tqdm(wanted, unit=" cells"):
+        cells[cell_name(cache), seed] = experiment.cell(cache, seed)
+    dense = [cells["dense", seed] for seed in seeds]
+    rows = [Row([cells[cell_name(cache), seed] for seed in seeds], dense) for cache in caches]
+    draw(rows, args.task, folder / "curves.png")
+    text = [
+        f"Model {protocol.name}, {images} images of each cache and seed, seeds {', '.join(map(str, seeds))}. Likeness: "
+        f"cosine of the features of {protocol.c2i.feature_extractor} with those of the dense image of the same noise. "
+        "Intervals are 95 %, over images. Less dense: paired by image.",
+        "![curves](curves.png)",
+        table(rows, dense, args.task),
+    ]
+    numbers: dict[str, Any] = {
+        "seeds": seeds,
+        "images": images,
+        "split": args.split,
+        "rows": [row.numbers() for row in rows],
+    }
+    if isinstance(task, ClassTask):
+        numbers["failures"] = failures(rows, class_names(task))
+        text.append(f"### What breaks first\n\n{failures_told(numbers['failures'])}")
+    write_report(folder, name, argv, task, "\n\n".join(text), numbers, script="headtohead")
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,71 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from autoregressive.sample.options import OptionError
+from evaluations.paper import headtohead
+
+POLICIES = ["--policies", "adsa", "streaming", "random"]
+
+
+def test_by_class(protocol_file, launched, tmp_path, capsys):
+    path, out = protocol_file(), tmp_path / "out"
+    flags = ["--model", str(path), "--output", str(out), *POLICIES, "--budgets", "9", "36"]
+    headtohead.main(flags)
+    cells = sorted(file.name for file in (out / "cells").iterdir())
+    assert len(cells) == 2 * (1 + 3 * 2) and "adsa-9-1-4-seed1.json" in cells and "dense-seed0.json" in cells
+    record = json.loads((out / "table.json").read_text())
+    assert record["command"].startswith("bash scripts/headtohead.sh --model ")
+    rows = {(row["cache"]["policy"], row["cache"]["budget"]): row for row in record["rows"]}
+    # With room for all tokens every policy is the dense cache.
+    for policy in ("adsa", "streaming", "random"):
+        whole = rows[policy, 36]
+        assert whole["likeness"] == whole["same_tokens"] == pytest.approx([1, 1, 1])
+        assert whole["less_dense"]["mean"] == 0 and whole["less_dense"]["p"] == 1
+        assert np.abs(whole["fid_against_dense"]).max() < 1e-6
+    small = rows["adsa", 9]
+    assert small["same_tokens"][0] < 1 and small["less_dense"]["count"] == 12
+    # The first nine tokens are the dense ones.
+    assert small["same_tokens"][0] >= 9 / 36
+    text = (out / "table.md").read_text()
+    assert "### 9 of 36 tokens" in text and "| adsa | 1 + 4 + 4 |" in text and "### What breaks first" in text
+    kinds = {one["class"] for one in record["failures"]["adsa"]["classes"]}
+    assert sum(one["images"] for one in record["failures"]["adsa"]["classes"]) == 12 and len(kinds) > 1
+    assert record["failures"]["adsa"]["budget"] == 9
+    assert (out / "curves.png").stat().st_size > 1000
+
+    # What is there needs no images any more.
+    shutil.rmtree(tmp_path / "samples")
+    done = len(launched)
+    headtohead.main([*flags, "--seeds", "1"])
+    assert len(launched) == done
+    assert json.loads((out / "table.json").read_text())["rows"][0]["less_dense"]["count"] == 6
+    with pytest.raises(OptionError, match=r"dense-seed0.json: made with other images, .*give another --output"):
+        headtohead.main([*flags, "--images", "4"])
+    (out / "cells" / "dense-seed0.json").write_text("{")
+    with pytest.raises(OptionError, match=r"dense-seed0.json: no readable cell"):
+        headtohead.main(flags)
+
+
+def test_common_split():
+    assert headtohead.resolved("random", 64, common=False) == {
+        "policy": "random",
+        "budget": 64,
+        "prefix": 0,
+        "local": 1,
+    }
+    common = {name: headtohead.resolved(name, 64, common=True) for name in ("random", "h2o", "adsa")}
+    assert {(cache["prefix"], cache["local"]) for cache in common.values()} == {(8, 32)}
+    assert headtohead.cell_name(common["h2o"]) == "h2o-64-8-32"
+
+
+def test_by_text(protocol_file, launched, tmp_path):
+    out = tmp_path / "out"
+    path = protocol_file()
+    headtohead.main(["--model", str(path), "--task", "t2i", "--output", str(out), *POLICIES[:2], "--budgets", "9"])
+    record = json.loads((out / "table.json").read_text())
+    (row,) = record["rows"]
+    assert {"clip_score", "r_precision"} == row["judged"][0].keys() and row["less_dense"]["count"] == 3
+    assert "CLIP score, less dense" in (out / "table.md").read_text() and "failures" not in record
