@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Anything slow to import comes after the arguments are read.
+from evaluations import markdown  # noqa: E402
 from evaluations.flags import positive  # noqa: E402
 from tokenizer.files import atomic_file, write_json  # noqa: E402
 
@@ -325,12 +326,12 @@ def table(record: dict[str, Any]) -> str:
     head = ["images", "cache", "step ms p50", "mean", "p95", "p99", "/ dense (min to max)", "limit ms", "/ limit"]
     head += ["images/s, steady", "KV MiB", "cache MiB", "peak MiB", "beyond weights MiB"]
     head += ["whole batch s", "images/s, whole"] if whole else []
-    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
+    lines = []
     for row in rows:
         found = row.get("summary")
         cells = [str(row["images"]), row["cache"] + (f" (then {row['status']})" if found and row["status"] else "")]
         if not found:
-            lines.append(f"| {' | '.join([*cells, row['status'], *[''] * (len(head) - 3)])} |")
+            lines.append([*cells, row["status"], *[""] * (len(head) - 3)])
             continue
         step, ratio = found["step_ms"], found.get("against_dense")
         cells += [f"{step[key]:.3f}" for key in ("p50", "mean", "p95", "p99")]
@@ -342,11 +343,12 @@ def table(record: dict[str, Any]) -> str:
         if whole:
             image = found.get("whole_image")
             cells += [f"{image['seconds']:.2f}", f"{image['images_per_second']:.3f}"] if image else ["", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += breakdown_table(rows)
+        lines.append(cells)
     rows_told = "2 rows for each image (guidance)" if settings["cfg_scale"] > 1 else "1 row for each image"
     memory = "torch's allocator" if record["device"] == "cuda" else "the process' resident memory"
-    lines += [
+    text = [
+        markdown.table(head, lines, right=len(head) - 2),
+        *breakdown_table(rows),
         "",
         f"`{record['command']}` on {record['machine']}, torch {record['versions']['torch']}.",
         "",
@@ -357,27 +359,25 @@ def table(record: dict[str, Any]) -> str:
         f"{limits['flops_per_second'] / 1e12:.3f} TFLOP/s. Steady images/s: if all steps were as these. Peak: "
         f"{memory}.",
     ]
-    return "\n".join(lines)
+    return "\n".join(text)
 
 
 def breakdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Lines of Markdown: the parts of a step; none if they were not measured."""
-    found = [row for row in rows if "breakdown_ms" in row.get("summary", {})]
+    found = [(row, row["summary"]["breakdown_ms"]) for row in rows if "breakdown_ms" in row.get("summary", {})]
     if not found:
         return []
-    parts = list(found[0]["summary"]["breakdown_ms"])
+    columns = ["images", "cache", *found[0][1], "sum"]
     lines = [
+        [str(row["images"]), row["cache"], *(f"{ms:.3f}" for ms in (*split.values(), sum(split.values())))]
+        for row, split in found
+    ]
+    return [
         "",
         "Parts of a step in ms; they sum to the step, which the measuring makes longer:",
         "",
-        f"| images | cache | {' | '.join(parts)} | sum |",
-        "|---|---|" + "---:|" * (len(parts) + 1),
+        markdown.table(columns, lines, right=len(columns) - 2),
     ]
-    for row in found:
-        split = row["summary"]["breakdown_ms"]
-        cells = [f"{milliseconds:.3f}" for milliseconds in (*split.values(), sum(split.values()))]
-        lines.append(f"| {row['images']} | {row['cache']} | {' | '.join(cells)} |")
-    return lines
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -34,6 +34,7 @@ from autoregressive.train.gpt_training import CodeDataset  # noqa: E402
 from autoregressive.train.train_c2i import ClassDataset  # noqa: E402
 from autoregressive.train.train_t2i import CaptionDataset  # noqa: E402
 from autoregressive.train.training import TrainingError  # noqa: E402
+from evaluations import markdown  # noqa: E402
 from evaluations.flags import positive  # noqa: E402
 from tokenizer.files import atomic_file, write_json  # noqa: E402
 
@@ -172,15 +173,15 @@ class Compass:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: mean loss of each cache, and its mean difference to the dense one with its standard error."""
     dense = np.array(results["full"]["losses"])
-    lines = ["| cache | prefix + local | nats a token | more than dense | s |", "|---|---|---|---|---|"]
+    rows = []
     for name, found in results.items():
         losses, cache = np.array(found["losses"]), found["cache"]
         more = losses - dense
         error = more.std(ddof=1) / len(more) ** 0.5 if len(more) > 1 else float("nan")
         parts = "-" if cache["budget"] is None else f"{cache['prefix']} + {cache['local']}"
         told = "" if name == "full" else f"{more.mean():+.4f} +- {error:.4f}"
-        lines.append(f"| {name} | {parts} | {losses.mean():.4f} | {told} | {found['seconds']:.0f} |")
-    return "\n".join(lines)
+        rows.append([name, parts, f"{losses.mean():.4f}", told, f"{found['seconds']:.0f}"])
+    return markdown.table(["cache", "prefix + local", "nats a token", "more than dense", "s"], rows)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

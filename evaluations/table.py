@@ -10,6 +10,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from evaluations import markdown  # noqa: E402
 from evaluations.extractors import EvaluationError  # noqa: E402
 from tokenizer.files import write_json  # noqa: E402
 
@@ -108,15 +109,15 @@ def table(results: Sequence[tuple[Path, dict[str, Any]]], heading: str, columns:
     columns = {
         title: column for title, column in columns.items() if any(r.get(column[0]) is not None for _, r in results)
     }
-    lines = [heading, "", f"| run | images | {' | '.join(columns)} |", "|---|" + "---|" * (len(columns) + 1)]
+    rows = []
     for run, result in results:
         cells = [run.resolve().name, str(_count(result))]
         for key, scale, digits in columns.values():
             low_high = result.get(f"{key}_interval")
             interval = f" ({' to '.join(f'{scale * end:.{digits}f}' for end in low_high)})" if low_high else ""
             cells.append("-" if result.get(key) is None else f"{scale * result[key]:.{digits}f}{interval}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return f"{heading}\n\n{markdown.table(['run', 'images', *columns], rows)}"
 
 
 def _count(result: dict[str, Any]) -> int:

@@ -26,6 +26,7 @@ from autoregressive.sample.job import guarded, versions  # noqa: E402
 from autoregressive.sample.labels import Classes  # noqa: E402
 from autoregressive.sample.options import ModelOptions, RunOptions  # noqa: E402
 from autoregressive.sample.prompts import number  # noqa: E402
+from evaluations import markdown  # noqa: E402
 from evaluations.bootstrap import CONFIDENCE, RESAMPLES  # noqa: E402
 from evaluations.extractors import EvaluationError  # noqa: E402
 from evaluations.features import ImageSet, open_set  # noqa: E402
@@ -514,18 +515,19 @@ def table(result: dict[str, Any]) -> str:
         *(f"* {name}: {run}" for name, run in result["runs"].items()),
         *(f"* {key}: A {json.dumps(a)}, B {json.dumps(b)}" for key, (a, b) in result["differ"].items()),
         "",
-        "| question | A | B | no difference | pairs for A, for B, even | sign test p | Fleiss' kappa |",
-        "|---|---|---|---|---|---|---|",
     ]
+    votes, raters = [], []
     for question, found in result["questions"].items():
         test = found["sign_test"]
         cells = [QUESTIONS[question], *(percent(found[name]) for name in ("A", "B", "tie"))]
         cells += [f"{test['A']}, {test['B']}, {test['even']}", rounded(test["p"], 4), rounded(found["kappa"], 3)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| rater | answers | pairs seen twice | same words | same looks |", "|---|---|---|---|---|"]
+        votes.append(cells)
     for rater, found in result["raters"].items():
-        same = [str(found["same"][question]) for question in QUESTIONS]
-        lines.append(f"| {' | '.join([rater, str(found['answers']), str(found['repeats']), *same])} |")
+        counts = (found["answers"], found["repeats"], *(found["same"][question] for question in QUESTIONS))
+        raters.append([rater, *map(str, counts)])
+    columns = ["question", "A", "B", "no difference", "pairs for A, for B, even", "sign test p", "Fleiss' kappa"]
+    lines += [markdown.table(columns, votes), ""]
+    lines.append(markdown.table(["rater", "answers", "pairs seen twice", "same words", "same looks"], raters))
     for rater, found in result["incomplete"].items():
         what = "used as far as they go" if found["used"] else "left out"
         lines += ["", f"Rater {rater} gave {found['answers']} of {found['of']} answers: {what}."]

@@ -31,6 +31,7 @@ from autoregressive.sample.grid import compared  # noqa: E402
 from autoregressive.sample.job import device_name, versions  # noqa: E402
 from autoregressive.sample.options import OptionError, Options, RunOptions  # noqa: E402
 from autoregressive.sample.sampler import PRECISIONS, cache_title  # noqa: E402
+from evaluations import markdown  # noqa: E402
 from tokenizer.files import atomic_file, write_json  # noqa: E402
 
 TOKENS = 1024
@@ -123,18 +124,16 @@ def measure(shape: str, caches: Sequence[CacheConfig], args: argparse.Namespace,
 
 def table(rows: Sequence[dict]) -> str:
     """Markdown; each row with the fold tells its time against the row before, without."""
-    lines = [
-        "| shape | cache | fold | slots (text + image) | KV MiB | ms per step | with fold / without |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ["shape", "cache", "fold", "slots (text + image)", "KV MiB", "ms per step", "with fold / without"]
+    lines = []
     for i, row in enumerate(rows):
         fold, ratio = "no", ""
         if row["fold"]:
             fold, ratio = "yes", f"{row['ms_per_step'] / rows[i - 1]['ms_per_step']:.3f}"
         slots = f"{row['slots']} ({row['text_slots']} + {row['image_slots']})"
         mib, ms = f"{row['kv_bytes'] / 2**20:.1f}", f"{row['ms_per_step']:.2f}"
-        lines.append(f"| {' | '.join([row['shape'], row['cache'], fold, slots, mib, ms, ratio])} |")
-    return "\n".join(lines)
+        lines.append([row["shape"], row["cache"], fold, slots, mib, ms, ratio])
+    return markdown.table(columns, lines)
 
 
 def main(argv: list[str] | None = None) -> None:

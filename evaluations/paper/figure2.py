@@ -25,6 +25,7 @@ from autoregressive.models.generate import generate, new_cache  # noqa: E402
 from autoregressive.sample.job import device_name, guarded  # noqa: E402
 from autoregressive.sample.run_folder import bar_interval  # noqa: E402
 from autoregressive.sample.sampler import Sampler  # noqa: E402
+from evaluations import markdown  # noqa: E402
 from evaluations.flags import positive  # noqa: E402
 from evaluations.paper.protocol import Task, TextTask, add_model_flag, load_protocol, output_folder  # noqa: E402
 from evaluations.paper.report import save_plot, write_report  # noqa: E402
@@ -296,6 +297,11 @@ def table(record: dict[str, Any]) -> str:
         "if it were even, second half": found["second_half_uniform"],
     }
     rows |= {f"layer {i}": row for i, row in enumerate(found["layers"], start=1)}
+    shares = [
+        [name, *(f"{100 * row[key]:.1f}" for key in TITLES), f"{row['entropy']:.2f}", f"{row['tokens_for_90']:.0f}"]
+        for name, row in rows.items()
+    ]
+    told = "; ".join(f"{peak['times_surroundings']:.2f} times at {peak['distance']}" for peak in record["peaks"])
     lines = [
         f"{record['images']} images of {tokens} tokens, seed {record['seeds'][0]}, dense cache.",
         "",
@@ -303,28 +309,24 @@ def table(record: dict[str, Any]) -> str:
         f"5 %, a row has {math.isqrt(tokens)}. A key counts where it fits first, from the left. Entropy (nats) and the "
         f"tokens that have 90 % are of the attention on image tokens alone.",
         "",
-        f"| | {' | '.join(TITLES.values())} | entropy | tokens for 90 % |",
-        "|---|" + "---|" * (len(TITLES) + 2),
+        markdown.table(["", *TITLES.values(), "entropy", "tokens for 90 %"], shares),
+        "",
+        f"Peaks near whole rows, in raster order: {told}, against the mean of what is around.",
     ]
-    for name, row in rows.items():
-        cells = [f"{100 * row[key]:.1f}" for key in TITLES] + [f"{row['entropy']:.2f}", f"{row['tokens_for_90']:.0f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    told = "; ".join(f"{peak['times_surroundings']:.2f} times at {peak['distance']}" for peak in record["peaks"])
-    lines += ["", f"Peaks near whole rows, in raster order: {told}, against the mean of what is around."]
-    if record["by_budget"]:
+    rows = []
+    for row in record["by_budget"]:
+        cells = [str(row["budget"]), f"{100 * row['condition']:.1f}"]
+        cells += [f"{100 * row[name]:.1f} ({row[f'{name}_tokens']} tokens)" for name in ("prefix", "local")]
+        kept = f"{row['chosen_tokens']} of {row['tokens_between']:.0f} on average"
+        rows.append([*cells, f"{100 * row['between']:.1f}", kept])
+    if rows:
         lines += [
             "",
             "Once the cache is full, the share of the dense attention (%) on what ADSA always keeps, and on what lies "
             "between, of which it keeps a part:",
             "",
-            "| budget | condition | prefix | local | between | kept of those between |",
-            "|---|---|---|---|---|---|",
+            markdown.table(["budget", "condition", "prefix", "local", "between", "kept of those between"], rows),
         ]
-    for row in record["by_budget"]:
-        shares = [f"{100 * row['condition']:.1f}"]
-        shares += [f"{100 * row[name]:.1f} ({row[f'{name}_tokens']} tokens)" for name in ("prefix", "local")]
-        kept = f"{row['chosen_tokens']} of {row['tokens_between']:.0f} on average"
-        lines.append(f"| {row['budget']} | {' | '.join(shares)} | {100 * row['between']:.1f} | {kept} |")
     return "\n".join(lines)
 
 

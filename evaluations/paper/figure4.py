@@ -37,13 +37,13 @@ from tqdm import tqdm  # noqa: E402
 from autoregressive.sample import sample_c2i_ddp  # noqa: E402
 from autoregressive.sample.job import device_name, guarded, versions  # noqa: E402
 from autoregressive.sample.sampler import Sampler, image_seeds  # noqa: E402
+from evaluations import markdown  # noqa: E402
 from evaluations.bootstrap import mean_interval  # noqa: E402
 from evaluations.extractors import EvaluationError, Extractor, load_extractor  # noqa: E402
 from evaluations.flags import positive  # noqa: E402
 from evaluations.paper.likeness import MEASURES, described  # noqa: E402
 from evaluations.paper.protocol import ClassTask, add_model_flag, load_protocol, output_folder  # noqa: E402
 from evaluations.paper.report import interval_told, plt, save_plot, write_report  # noqa: E402
-from evaluations.paper.rows import markdown  # noqa: E402
 from evaluations.paper.runs import class_names  # noqa: E402
 from tokenizer.files import atomic_file, remove_partial, write_json  # noqa: E402
 from tokenizer.tokenizer_image.images import image_grid, save_image_atomic  # noqa: E402
@@ -223,7 +223,7 @@ def table(statistics: Statistics, gains: Statistics, tokens: int) -> str:
                 own, other = (region, 0, share), mean[region, 2, share]
                 cells += [interval_told(mean[own], (low[own], high[own])), interval_told(gain, edges), f"{other:.3f}"]
             lines.append(cells)
-    return markdown(["part", "fixed", "tokens", *titles], lines)
+    return markdown.table(["part", "fixed", "tokens", *titles], lines, spaced=True)
 
 
 def plain(statistics: Statistics) -> dict[str, dict[str, list]]:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from autoregressive.sample.job import guarded  # noqa: E402
+from evaluations import markdown  # noqa: E402
 from evaluations.bootstrap import mean_interval  # noqa: E402
 from evaluations.features import open_set  # noqa: E402
 from evaluations.flags import positive  # noqa: E402
@@ -29,7 +30,7 @@ from evaluations.paper.gallery import add_gallery_flags, captions, gallery  # no
 from evaluations.paper.likeness import cosine  # noqa: E402
 from evaluations.paper.protocol import add_model_flag, load_protocol, output_folder  # noqa: E402
 from evaluations.paper.report import interval_told, write_report  # noqa: E402
-from evaluations.paper.rows import COSTS, Cost, markdown, told_times  # noqa: E402
+from evaluations.paper.rows import COSTS, Cost, told_times  # noqa: E402
 from evaluations.paper.runs import features_of, sampled  # noqa: E402
 from tokenizer.tokenizer_image.images import save_image_atomic  # noqa: E402
 
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 Likeness to the dense image of the same seed and class: cosine of the features of {task.feature_extractor}, mean over
 {args.images} images (and 95 % interval, bootstrap over images).
 
-{markdown(["cache", "likeness to dense", "less ADSA's, image by image", *COSTS], lines)}
+{markdown.table(["cache", "likeness to dense", "less ADSA's, image by image", *COSTS], lines, spaced=True)}
 
 {told_times(costs[1:])}"""
     numbers = {

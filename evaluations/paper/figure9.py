@@ -28,6 +28,7 @@ from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer  # noqa
 from autoregressive.sample.job import device_name, guarded, start_processes  # noqa: E402
 from autoregressive.sample.run_folder import RunError, bar_interval  # noqa: E402
 from autoregressive.sample.sampler import PRECISIONS, Blueprint, cache_title, peak_memory  # noqa: E402
+from evaluations import markdown  # noqa: E402
 from evaluations.flags import positive  # noqa: E402
 from evaluations.paper.protocol import Task, TextTask, add_model_flag, load_protocol, output_folder  # noqa: E402
 from evaluations.paper.report import save_plot, write_report  # noqa: E402
@@ -276,27 +277,24 @@ def table(shapes: Sequence[Shape], rows: Sequence[dict[str, Any]]) -> str:
         titles = list(shape.caches)
         ones = {row["cache"]: row for row in mine[: len(titles)]}
         gpt, vq = (f"{mine[0][key] / GIB:.3f}" for key in ("gpt_bytes", "vq_bytes"))
+        cells = []
+        for start in range(0, len(mine), len(titles)):
+            cells.append([str(mine[start]["images"])])
+            for row in mine[start : start + len(titles)]:
+                saved = "" if row["cache"] == "dense" else f" ({100 * row['total_saved']:.1f} %)"
+                cells[-1].append(f"{row['cache_bytes'] / GIB:.3f}{saved}")
+        cells.append(["saved of the cache", *(f"{100 * row['cache_saved']:.1f} %" for row in ones.values())])
+        for room in DEVICES_GB:
+            cells.append([f"largest batch in {room} GB", *(str(fitting(row, room * 1e9)) for row in ones.values())])
         lines += [
             "",
             f"## {shape.title}",
             "",
             f"Weights: GPT {gpt} GiB, tokenizer (fp32) {vq} GiB.",
             "",
-            f"| images | {' | '.join(titles)} |",
-            "|---|" + "---|" * len(titles),
+            markdown.table(["images", *titles], cells),
+            *measured_table([row for row in mine if row["measured"]]),
         ]
-        for start in range(0, len(mine), len(titles)):
-            cells = [str(mine[start]["images"])]
-            for row in mine[start : start + len(titles)]:
-                saved = "" if row["cache"] == "dense" else f" ({100 * row['total_saved']:.1f} %)"
-                cells.append(f"{row['cache_bytes'] / GIB:.3f}{saved}")
-            lines.append(f"| {' | '.join(cells)} |")
-        saved = [f"{100 * row['cache_saved']:.1f} %" for row in ones.values()]
-        lines.append(f"| saved of the cache | {' | '.join(saved)} |")
-        for room in DEVICES_GB:
-            cells = [str(fitting(row, room * 1e9)) for row in ones.values()]
-            lines.append(f"| largest batch in {room} GB | {' | '.join(cells)} |")
-        lines += measured_table([row for row in mine if row["measured"]])
     return "\n".join(lines)
 
 
@@ -306,22 +304,20 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> list[str]:
         return []
     off = [abs(row["measured"]["allocated"] - row["cache_bytes"]) for row in rows]
     what = "resident memory" if rows[0]["device"] == "cpu" else "memory of torch's allocator"
-    lines = [
+    cells = []
+    for row in rows:
+        found = {key: value / 2**20 for key, value in row["measured"].items()}
+        weights, cache = ((row["gpt_bytes"] + row["vq_bytes"]) / 2**20, row["cache_bytes"] / 2**20)
+        both = [f"{found['weights']:.1f} ({weights:.1f})", f"{found['cache']:.1f} ({cache:.1f})"]
+        cells.append([str(row["images"]), row["cache"], *both, f"{found['step']:.1f}"])
+    columns = ["images", "cache", "weights (formula)", "cache (formula)", "a decode step beyond both"]
+    return [
         "",
         f"Measured in {len(rows)} points: the cache's storages are off the formula by at most {max(off)} bytes. MiB of "
         f"{what} that a process of its own takes:",
         "",
-        "| images | cache | weights (formula) | cache (formula) | a decode step beyond both |",
-        "|---|---|---|---|---|",
+        markdown.table(columns, cells),
     ]
-    for row in rows:
-        found = {key: value / 2**20 for key, value in row["measured"].items()}
-        weights, cache = ((row["gpt_bytes"] + row["vq_bytes"]) / 2**20, row["cache_bytes"] / 2**20)
-        lines.append(
-            f"| {row['images']} | {row['cache']} | {found['weights']:.1f} ({weights:.1f}) | {found['cache']:.1f} "
-            f"({cache:.1f}) | {found['step']:.1f} |"
-        )
-    return lines
 
 
 def draw(shape: Shape, rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from evaluations import markdown
 from evaluations.features import open_set
 from evaluations.flags import positive
 from evaluations.paper.protocol import ClassTask, Task, add_model_flag, load_protocol, output_folder
 from evaluations.paper.report import write_report
-from evaluations.paper.rows import COSTS, Cost, markdown, told_times
+from evaluations.paper.rows import COSTS, Cost, told_times
 from evaluations.paper.runs import class_names, sampled
 from tokenizer.tokenizer_image.images import image_grid, save_image_atomic
 
@@ -38,7 +39,7 @@ def budgets_figure(name: str, kind: str, about: str, images: int, argv: Sequence
     costs = [Cost.of(cache, [run]) for cache, run in zip(caches, runs, strict=True)]
     titled = {cost.title: run for cost, run in zip(costs, runs, strict=True)}
     save_image_atomic(folder / f"{name}.png", gallery(titled, captions(runs[0], task), args.columns))
-    table = markdown(["cache", *COSTS], [[cost.title, *cost.cells()] for cost in costs])
+    table = markdown.table(["cache", *COSTS], [[cost.title, *cost.cells()] for cost in costs], spaced=True)
     numbers = {"seed": task.seeds[0], "images": args.images, "rows": [cost.numbers() for cost in costs]}
     write_report(folder, name, argv, task, f"![{name}]({name}.png)\n\n{table}\n\n{told_times(costs)}", numbers, runs)
 

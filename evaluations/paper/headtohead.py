@@ -19,6 +19,7 @@ from adsa import CacheConfig  # noqa: E402
 from adsa.policies import POLICIES  # noqa: E402
 from autoregressive.sample.job import guarded, start_processes  # noqa: E402
 from autoregressive.sample.options import OptionError  # noqa: E402
+from evaluations import markdown  # noqa: E402
 from evaluations.bootstrap import mean_interval  # noqa: E402
 from evaluations.features import open_set  # noqa: E402
 from evaluations.flags import positive  # noqa: E402
@@ -34,7 +35,7 @@ from evaluations.paper.protocol import (  # noqa: E402
     output_folder,
 )
 from evaluations.paper.report import interval_told, plt, save_plot, write_report  # noqa: E402
-from evaluations.paper.rows import NONE, Cost, markdown, spread, told  # noqa: E402
+from evaluations.paper.rows import NONE, Cost, spread, told  # noqa: E402
 from evaluations.paper.runs import (  # noqa: E402
     class_names,
     evaluated,
@@ -247,7 +248,7 @@ def table(rows: Sequence[Row], dense: Sequence[Cell], kind: str) -> str:
                     spread(rates, 2),
                 ]
             )
-        parts.append(f"### {budget} of {dense[0].cost['tokens']} tokens\n\n{markdown(columns, lines)}")
+        parts += [f"### {budget} of {dense[0].cost['tokens']} tokens", markdown.table(columns, lines, spaced=True)]
     return "\n\n".join(parts)
 
 
@@ -317,7 +318,7 @@ def failures_told(found: Mapping[str, Any], most: int = 5) -> str:
         ]
         for policy, of_policy in found.items()
     ]
-    return markdown(["policy", "budget", "least like dense", "most like dense"], lines)
+    return markdown.table(["policy", "budget", "least like dense", "most like dense"], lines, spaced=True)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -12,6 +12,7 @@ from adsa import CacheConfig
 from autoregressive.sample.job import start_processes
 from autoregressive.sample.run_folder import read_record
 from autoregressive.sample.sampler import cache_title
+from evaluations import markdown
 from evaluations.features import open_set
 from evaluations.paired import Difference, KernelSums, kernel_sums, kid_difference, paired_t
 from evaluations.paper.protocol import ClassTask
@@ -173,13 +174,8 @@ def differences(rows: Mapping[str, Row], dense: Row) -> str:
         "Runs of equal seeds share their noise and classes, image by image. Differences from dense, their 95 % "
         f"intervals and p: {tests}."
     )
-    return f"{text}\n\n{markdown(['less dense', *(column[0] for column in columns.values())], lines)}"
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    titles = ["less dense", *(column[0] for column in columns.values())]
+    return f"{text}\n\n{markdown.table(titles, lines, spaced=True)}"
 
 
 def spread(values: Sequence[float], digits: int, scale: float = 1) -> str:

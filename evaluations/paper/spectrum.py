@@ -30,6 +30,7 @@ from tqdm import tqdm  # noqa: E402
 from autoregressive.sample.job import guarded  # noqa: E402
 from autoregressive.sample.options import shown  # noqa: E402
 from autoregressive.sample.run_folder import bar_interval  # noqa: E402
+from evaluations import markdown  # noqa: E402
 from evaluations.bootstrap import mean_interval  # noqa: E402
 from evaluations.extractors import EvaluationError  # noqa: E402
 from evaluations.features import Features, FolderImages, ImageSet, open_set  # noqa: E402
@@ -37,7 +38,7 @@ from evaluations.flags import positive  # noqa: E402
 from evaluations.paper.floor import reconstructed  # noqa: E402
 from evaluations.paper.protocol import ClassTask, add_model_flag, load_protocol, output_folder  # noqa: E402
 from evaluations.paper.report import interval_told, plt, save_plot, write_report  # noqa: E402
-from evaluations.paper.rows import NONE, Cost, markdown  # noqa: E402
+from evaluations.paper.rows import NONE, Cost  # noqa: E402
 from evaluations.paper.runs import reference_images, reference_set, sampled  # noqa: E402
 from tokenizer.tokenizer_image.images import center_crop  # noqa: E402
 
@@ -192,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines.append([title, str(row["images"]), interval_told(100 * mean, [100 * edge for edge in interval]), less])
         rows.append(row | {"power": found.power.mean(0).tolist()})
     columns = ["images of", "images", "high-frequency energy, %", "less dense, image by image"]
-    text = "\n\n".join(["![spectra](spectrum.png)", HOW.format(size=size), markdown(columns, lines), *notes])
+    table = markdown.table(columns, lines, spaced=True)
+    text = "\n\n".join(["![spectra](spectrum.png)", HOW.format(size=size), table, *notes])
     numbers = {
         "seed": task.seeds[0],
         "image_size": size,

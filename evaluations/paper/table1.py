@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from autoregressive.sample.job import guarded  # noqa: E402
+from evaluations import markdown  # noqa: E402
 from evaluations.extractors import EvaluationError  # noqa: E402
 from evaluations.paper.floor import reconstructed  # noqa: E402
 from evaluations.paper.protocol import ClassTask, add_model_flag, load_protocol, output_folder  # noqa: E402
@@ -20,7 +21,6 @@ from evaluations.paper.rows import (  # noqa: E402
     Row,
     class_row,
     differences,
-    markdown,
     spread,
     told_times,
 )
@@ -78,7 +78,7 @@ def section(task: ClassTask, resize: str) -> tuple[str, dict, list[Row]]:
             f"The reconstructions are of the {floor['counts']['samples']} images in {pictures}. Where those are "
             "the reference itself, each is compared with its original as well: no independent sample."
         )
-    table = markdown(["cache", *(name for name, _, _ in METRICS.values()), *COSTS], lines)
+    table = markdown.table(["cache", *(name for name, _, _ in METRICS.values()), *COSTS], lines, spaced=True)
     tests = differences({row.cost.title: row for row in sparse}, dense)
     return f"{table}\n\n{note}\n\n{tests}", numbers, rows
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{HOW.format(extractor=task.feature_extractor)}"
     )
     columns = ["model", *(METRICS[key][0] for key in ("fid", "is", "precision", "recall")), "KV cache", "context"]
-    theirs = markdown(columns, [[name, *cells] for name, cells in PAPER.items()])
+    theirs = markdown.table(columns, [[name, *cells] for name, cells in PAPER.items()], spaced=True)
     text = "\n\n".join([about, *parts, told_times([row.cost for row in rows]), PAPER_TITLE, theirs])
     numbers = {
         "model": protocol.name,

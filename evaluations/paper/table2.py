@@ -15,11 +15,12 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from autoregressive.sample.job import guarded  # noqa: E402
+from evaluations import markdown  # noqa: E402
 from evaluations.bootstrap import mean_interval  # noqa: E402
 from evaluations.paired import Difference, paired_t  # noqa: E402
 from evaluations.paper.protocol import TextTask, add_model_flag, load_protocol, output_folder  # noqa: E402
 from evaluations.paper.report import interval_told, write_report  # noqa: E402
-from evaluations.paper.rows import COSTS, NONE, Cost, markdown, spread, told, told_times  # noqa: E402
+from evaluations.paper.rows import COSTS, NONE, Cost, spread, told, told_times  # noqa: E402
 from evaluations.paper.runs import sampled, scored  # noqa: E402
 
 DESCRIPTION = """\
@@ -30,7 +31,7 @@ dense.
 Samples and scores what is not there yet, in the sample_dir of the protocol; started again, it goes on. Writes table.md
 and table.json. The demo's 3072 images take an estimated two hours on two CPU cores, without a network."""
 
-# model: CLIP score, KV cache and context. All with 1024 tokens.
+PAPER_COLUMNS = ("model", "CLIP score", "KV cache = context")  # all with 1024 tokens
 PAPER = {
     "LlamaGen-XL (dense)": ("0.287", "1024"),
     "ADSA-768": ("0.287", "768 (-25.0 %)"),
@@ -133,7 +134,7 @@ def differences(found: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
             mean, *interval = tests[key]["bootstrap"]
             line += [told(tests[key]["by_seeds"], digits), told(tests[key]["by_prompts"], digits)]
             line.append(interval_told(mean, interval, digits))
-    return markdown(columns, lines)
+    return markdown.table(columns, lines, spaced=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -153,12 +154,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"## Measured\n\nModel {protocol.name}, {first['counts']['images']} images of each cache and seed, one for "
         f"each prompt of {task.prompts}; seeds {', '.join(map(str, task.seeds))}.\n\n"
         f"{HOW.format(model=first['clip_model'], prefix=task.clip_prefix)}",
-        markdown([*columns, *COSTS], [[row.cost.title, *row.cells()] for row in rows]),
+        markdown.table([*columns, *COSTS], [[row.cost.title, *row.cells()] for row in rows], spaced=True),
         TESTS,
         differences(less),
         told_times([row.cost for row in rows]),
         PAPER_TITLE,
-        markdown(["model", "CLIP score", "KV cache = context"], [[name, *cells] for name, cells in PAPER.items()]),
+        markdown.table(PAPER_COLUMNS, [[name, *cells] for name, cells in PAPER.items()], spaced=True),
     ]
     kept = ("clip_model", "clip_weights", "prefix", "image_size", "prompts_sha256", "counts")
     numbers = {

@@ -12,9 +12,10 @@ sys.path.insert(0, str(ROOT))
 
 from adsa import CacheConfig  # noqa: E402
 from autoregressive.sample.job import guarded  # noqa: E402
+from evaluations import markdown  # noqa: E402
 from evaluations.paper.protocol import add_model_flag, load_protocol, output_folder  # noqa: E402
 from evaluations.paper.report import write_report  # noqa: E402
-from evaluations.paper.rows import METRICS, NONE, class_row, differences, markdown  # noqa: E402
+from evaluations.paper.rows import METRICS, NONE, class_row, differences  # noqa: E402
 
 DESCRIPTION = """\
 Table 3 of the paper: ADSA without its prefix (the first tokens), its selection (the least redundant V) or its local
@@ -94,10 +95,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [name for name, _, _ in METRICS.values()]
     text = [
         about,
-        markdown(["budget", *PARTS, "n + K + m", *names], lines),
+        markdown.table(["budget", *PARTS, "n + K + m", *names], lines, spaced=True),
         differences(rows, dense),
         PAPER_TITLE,
-        markdown(["row", *names[:4]], [[name, *cells] for name, cells in PAPER.items()]),
+        markdown.table(["row", *names[:4]], [[name, *cells] for name, cells in PAPER.items()], spaced=True),
     ]
     record = {
         "model": protocol.name,
