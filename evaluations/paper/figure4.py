@@ -223,7 +223,7 @@ def table(statistics: Statistics, gains: Statistics, tokens: int) -> str:
                 own, other = (region, 0, share), mean[region, 2, share]
                 cells += [interval_told(mean[own], (low[own], high[own])), interval_told(gain, edges), f"{other:.3f}"]
             lines.append(cells)
-    return markdown.table(["part", "fixed", "tokens", *titles], lines, spaced=True)
+    return markdown.table(["part", "fixed", "tokens", *titles], lines)
 
 
 def plain(statistics: Statistics) -> dict[str, dict[str, list]]:

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 Likeness to the dense image of the same seed and class: cosine of the features of {task.feature_extractor}, mean over
 {args.images} images (and 95 % interval, bootstrap over images).
 
-{markdown.table(["cache", "likeness to dense", "less ADSA's, image by image", *COSTS], lines, spaced=True)}
+{markdown.table(["cache", "likeness to dense", "less ADSA's, image by image", *COSTS], lines)}
 
 {told_times(costs[1:])}"""
     numbers = {

@@ -39,7 +39,7 @@ def budgets_figure(name: str, kind: str, about: str, images: int, argv: Sequence
     costs = [Cost.of(cache, [run]) for cache, run in zip(caches, runs, strict=True)]
     titled = {cost.title: run for cost, run in zip(costs, runs, strict=True)}
     save_image_atomic(folder / f"{name}.png", gallery(titled, captions(runs[0], task), args.columns))
-    table = markdown.table(["cache", *COSTS], [[cost.title, *cost.cells()] for cost in costs], spaced=True)
+    table = markdown.table(["cache", *COSTS], [[cost.title, *cost.cells()] for cost in costs])
     numbers = {"seed": task.seeds[0], "images": args.images, "rows": [cost.numbers() for cost in costs]}
     write_report(folder, name, argv, task, f"![{name}]({name}.png)\n\n{table}\n\n{told_times(costs)}", numbers, runs)
 

@@ -248,7 +248,7 @@ def table(rows: Sequence[Row], dense: Sequence[Cell], kind: str) -> str:
                     spread(rates, 2),
                 ]
             )
-        parts += [f"### {budget} of {dense[0].cost['tokens']} tokens", markdown.table(columns, lines, spaced=True)]
+        parts += [f"### {budget} of {dense[0].cost['tokens']} tokens", markdown.table(columns, lines)]
     return "\n\n".join(parts)
 
 
@@ -318,7 +318,7 @@ def failures_told(found: Mapping[str, Any], most: int = 5) -> str:
         ]
         for policy, of_policy in found.items()
     ]
-    return markdown.table(["policy", "budget", "least like dense", "most like dense"], lines, spaced=True)
+    return markdown.table(["policy", "budget", "least like dense", "most like dense"], lines)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -175,7 +175,7 @@ def differences(rows: Mapping[str, Row], dense: Row) -> str:
         f"intervals and p: {tests}."
     )
     titles = ["less dense", *(column[0] for column in columns.values())]
-    return f"{text}\n\n{markdown.table(titles, lines, spaced=True)}"
+    return f"{text}\n\n{markdown.table(titles, lines)}"
 
 
 def spread(values: Sequence[float], digits: int, scale: float = 1) -> str:

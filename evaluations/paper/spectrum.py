@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines.append([title, str(row["images"]), interval_told(100 * mean, [100 * edge for edge in interval]), less])
         rows.append(row | {"power": found.power.mean(0).tolist()})
     columns = ["images of", "images", "high-frequency energy, %", "less dense, image by image"]
-    table = markdown.table(columns, lines, spaced=True)
+    table = markdown.table(columns, lines)
     text = "\n\n".join(["![spectra](spectrum.png)", HOW.format(size=size), table, *notes])
     numbers = {
         "seed": task.seeds[0],

@@ -78,7 +78,7 @@ def section(task: ClassTask, resize: str) -> tuple[str, dict, list[Row]]:
             f"The reconstructions are of the {floor['counts']['samples']} images in {pictures}. Where those are "
             "the reference itself, each is compared with its original as well: no independent sample."
         )
-    table = markdown.table(["cache", *(name for name, _, _ in METRICS.values()), *COSTS], lines, spaced=True)
+    table = markdown.table(["cache", *(name for name, _, _ in METRICS.values()), *COSTS], lines)
     tests = differences({row.cost.title: row for row in sparse}, dense)
     return f"{table}\n\n{note}\n\n{tests}", numbers, rows
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{HOW.format(extractor=task.feature_extractor)}"
     )
     columns = ["model", *(METRICS[key][0] for key in ("fid", "is", "precision", "recall")), "KV cache", "context"]
-    theirs = markdown.table(columns, [[name, *cells] for name, cells in PAPER.items()], spaced=True)
+    theirs = markdown.table(columns, [[name, *cells] for name, cells in PAPER.items()])
     text = "\n\n".join([about, *parts, told_times([row.cost for row in rows]), PAPER_TITLE, theirs])
     numbers = {
         "model": protocol.name,

@@ -134,7 +134,7 @@ def differences(found: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
             mean, *interval = tests[key]["bootstrap"]
             line += [told(tests[key]["by_seeds"], digits), told(tests[key]["by_prompts"], digits)]
             line.append(interval_told(mean, interval, digits))
-    return markdown.table(columns, lines, spaced=True)
+    return markdown.table(columns, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -154,12 +154,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"## Measured\n\nModel {protocol.name}, {first['counts']['images']} images of each cache and seed, one for "
         f"each prompt of {task.prompts}; seeds {', '.join(map(str, task.seeds))}.\n\n"
         f"{HOW.format(model=first['clip_model'], prefix=task.clip_prefix)}",
-        markdown.table([*columns, *COSTS], [[row.cost.title, *row.cells()] for row in rows], spaced=True),
+        markdown.table([*columns, *COSTS], [[row.cost.title, *row.cells()] for row in rows]),
         TESTS,
         differences(less),
         told_times([row.cost for row in rows]),
         PAPER_TITLE,
-        markdown.table(PAPER_COLUMNS, [[name, *cells] for name, cells in PAPER.items()], spaced=True),
+        markdown.table(PAPER_COLUMNS, [[name, *cells] for name, cells in PAPER.items()]),
     ]
     kept = ("clip_model", "clip_weights", "prefix", "image_size", "prompts_sha256", "counts")
     numbers = {

@@ -95,10 +95,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [name for name, _, _ in METRICS.values()]
     text = [
         about,
-        markdown.table(["budget", *PARTS, "n + K + m", *names], lines, spaced=True),
+        markdown.table(["budget", *PARTS, "n + K + m", *names], lines),
         differences(rows, dense),
         PAPER_TITLE,
-        markdown.table(["row", *names[:4]], [[name, *cells] for name, cells in PAPER.items()], spaced=True),
+        markdown.table(["row", *names[:4]], [[name, *cells] for name, cells in PAPER.items()]),
     ]
     record = {
         "model": protocol.name,
