@@ -418,11 +418,9 @@ def machine(device: "torch.device") -> str:
     """Device, and on a CPU how many threads."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", cpu.read_text()) if cpu.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    from autoregressive.sample.job import device_name
+
+    return device_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
 
 
 def versions() -> dict[str, str | None]:

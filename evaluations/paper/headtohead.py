@@ -188,10 +188,11 @@ class Row:
     def cache(self) -> dict[str, Any]:
         return self.cells[0].cache
 
-    def mean_of(self, key: str) -> list[float]:
-        """[mean, low, high] of "likeness" or "same_tokens": mean over seeds of each image, then over images."""
-        values = np.mean([cell.against_dense[key] for cell in self.cells], axis=0)
-        return [*map(float, mean_interval(values))]
+    @cached_property
+    def means(self) -> dict[str, list[float]]:
+        """[mean, low, high] of "likeness" and "same_tokens": mean over seeds of each image, then over images."""
+        both = {key: [cell.against_dense[key] for cell in self.cells] for key in ("likeness", "same_tokens")}
+        return {key: [*map(float, mean_interval(np.mean(values, axis=0)))] for key, values in both.items()}
 
     @cached_property
     def less_dense(self) -> Difference | None:
@@ -212,8 +213,7 @@ class Row:
             "judged": [cell.judged for cell in self.cells],
             "less_dense": self.less_dense and self.less_dense.values(),
             "fid_against_dense": [cell.against_dense["fid"] for cell in self.cells],
-            "likeness": self.mean_of("likeness"),
-            "same_tokens": self.mean_of("same_tokens"),
+            **self.means,
             "cost": [cell.cost for cell in self.cells],
         }
 
@@ -228,10 +228,10 @@ def table(rows: Sequence[Row], dense: Sequence[Cell], kind: str) -> str:
     for budget in sorted({row.cache["budget"] for row in rows}, reverse=True):
         of_budget = [row for row in rows if row.cache["budget"] == budget]
         lines = []
-        for row in sorted(of_budget, key=lambda row: -row.mean_of("likeness")[0]):
+        for row in sorted(of_budget, key=lambda row: -row.means["likeness"][0]):
             n, m = row.cache["prefix"], row.cache["local"]
             first, second = _judged(row.cells, kind)
-            mean, *interval = row.mean_of("likeness")
+            mean, *interval = row.means["likeness"]
             cost = row.cells[0].cost
             rates = [rate for cell in row.cells for rate in cell.cost["images_per_second"] if rate]
             lines.append(
@@ -243,7 +243,7 @@ def table(rows: Sequence[Row], dense: Sequence[Cell], kind: str) -> str:
                     second,
                     interval_told(mean, interval),
                     spread([cell.against_dense["fid"] for cell in row.cells], 2),
-                    f"{100 * row.mean_of('same_tokens')[0]:.1f} %",
+                    f"{100 * row.means['same_tokens'][0]:.1f} %",
                     f"{cost['cache_bytes'] / cost['images_per_batch'] / 2**20:.2f}" if cost["cache_bytes"] else NONE,
                     spread(rates, 2),
                 ]
@@ -271,7 +271,7 @@ def draw(rows: Sequence[Row], kind: str, path: Path) -> None:
         tests = [row.less_dense for row in mine]
         if all(tests):
             _curve(left, budgets, [[scale * value for value in (t.mean, t.low, t.high)] for t in tests], policy, style)
-        _curve(right, budgets, [row.mean_of("likeness") for row in mine], policy, style)
+        _curve(right, budgets, [row.means["likeness"] for row in mine], policy, style)
     ticks = sorted({row.cache["budget"] for row in rows})
     for axes in (left, right):
         axes.set_xscale("log", base=2)
