@@ -2,5 +2,6 @@
 
 from adsa.cache import KVCache, LayerCache
 from adsa.config import CacheConfig
+from adsa.order import Order
 
-__all__ = ["CacheConfig", "KVCache", "LayerCache"]
+__all__ = ["CacheConfig", "KVCache", "LayerCache", "Order"]

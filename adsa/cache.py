@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adsa.attention import AttentionRecord
 from adsa.config import CacheConfig
+from adsa.order import Order
 from adsa.similarity import RunningSimilarity
 
 # Scores become fixed-point numbers with the position in the low bits: one integer order, ties included.
@@ -69,9 +70,12 @@ class LayerCache:
         device: where.
         valid: bool ``[B, T]``, which condition tokens are no padding; None: all.
         columns: image tokens in a line; None: the image is square and has ``max_tokens``.
+        order: in which the image tokens come in; None: in raster order. First and newest tokens, which always stay, are
+            then the first and the newest to come.
 
     Attributes:
-        count: image tokens seen so far; the next one has this position.
+        count: image tokens that came in so far.
+        filled: how many of them are here.
         capacity: image tokens that there is room for: the budget, or ``max_tokens`` when nothing is ever evicted.
     """
 
@@ -88,6 +92,7 @@ class LayerCache:
         device: torch.device | str,
         valid: Tensor | None = None,
         columns: int | None = None,
+        order: Order | None = None,
     ):
         if valid is not None and valid.shape != (batch, condition_tokens):
             raise ValueError(f"valid must be [{batch}, {condition_tokens}] (rows, condition), not {[*valid.shape]}")
@@ -103,7 +108,8 @@ class LayerCache:
         self.selects = config.mode == "select" and self.budget < max_tokens
         self.evicts = config.mode == "evict" and self.budget < max_tokens
         self.capacity = self.budget if self.evicts else max_tokens
-        self.count = 0
+        self.count = self.filled = self._evicted = 0
+        self._first_of_step = 0  # the arrival that the tokens now coming in begin with
         self.max_tokens, self.columns = max_tokens, columns or math.isqrt(max_tokens)
 
         # What is added to scores takes the queries' dtype, but on the CPU, whose kernels take float32 as well.
@@ -123,14 +129,18 @@ class LayerCache:
 
         joint = config.granularity == "layer"
         self.groups = 1 if joint else n_kv_head
-        self._positions = self._order = self.similarity = self.attention = None
+        self._arrivals = self._ranking = self.similarity = self.attention = None
         self._seen = None  # mode "select": the slots that the newest query sees, until its weights are on record
-        if self.evicts:
-            positions = torch.arange(self.capacity, dtype=torch.int32, device=device)
-            self._positions = positions.expand(batch, self.groups, -1).contiguous()
+        self.order, self._places = order, None
+        if order is not None:
+            self._check_order(order)
+            self._places = torch.tensor(order.positions, dtype=torch.int32).to(device)
+        if self.evicts or order is not None:
+            arrivals = torch.arange(self.capacity, dtype=torch.int32, device=device)
+            self._arrivals = arrivals.expand(batch, self.groups, -1).contiguous()
         ranked = config.renew_every if self.evicts else self.budget - self.prefix - self.local
         if self.selects or (self.evicts and ranked > 1):
-            self._order = torch.zeros(batch, self.groups, ranked, dtype=torch.int64, device=device)
+            self._ranking = torch.zeros(batch, self.groups, ranked, dtype=torch.int64, device=device)
         if self.policy.similarity_of and (self.evicts or self.selects):
             self.similarity = RunningSimilarity(
                 batch, n_kv_head, self.capacity, head_dim, joint=joint, dtype=dtype, device=device
@@ -145,6 +155,22 @@ class LayerCache:
                 device=device,
             )
 
+    def _check_order(self, order: Order) -> None:
+        """Raises ValueError if this cache can't take tokens in this order."""
+        if self.selects:
+            raise ValueError('a cache in mode "select" takes tokens in raster order only, as each query has its own')
+        if not self.evicts:
+            return
+        # Tokens that come in together, and those that hold a place for another, stay as well.
+        held = max(map(len, order.awaited))
+        taken = self.prefix + max(self.local, order.width) - 1 + held
+        if self.budget - taken < self.config.renew_every:
+            raise ValueError(
+                f"cache budget {self.budget} is too small for tokens that come {order.width} at a time: prefix "
+                f"{self.prefix}, the newest {max(self.local, order.width)} and {held} that hold another's place always "
+                f"stay, and one ranking needs {self.config.renew_every} that may go"
+            )
+
     # What policies see: the image tokens now cached, N of them.
 
     @property
@@ -152,12 +178,10 @@ class LayerCache:
         return self.count > 0 or (self._has_condition and self.condition_tokens > 0)
 
     @property
-    def filled(self) -> int:
-        return min(self.count, self.capacity)
-
-    @property
     def newest(self) -> int:
         """Position of the token that the choice is made for: the incoming one, or in mode "select" the last cached."""
+        if self.order is not None:
+            return self.order.positions[self.count]
         return self.count - 1 if self.selects else self.count
 
     @property
@@ -171,19 +195,41 @@ class LayerCache:
         return self._v[:, :, self.condition_slots : self.condition_slots + self.filled]
 
     @property
+    def arrivals(self) -> Tensor:
+        """When the cached image tokens came, counted from 0, int32 ``[B, G, N]``; G = H by head, 1 by layer."""
+        if self._arrivals is None:  # nothing is ever evicted
+            slots = torch.arange(self.filled, dtype=torch.int32, device=self._k.device)
+            return slots.expand(self._k.shape[0], self.groups, -1)
+        return self._arrivals[:, :, : self.filled]
+
+    @property
     def positions(self) -> Tensor:
-        """Positions of the cached image tokens, int32 ``[B, G, N]``; G = H by head, 1 by layer."""
-        if self._positions is None:  # nothing is ever evicted, so slots are in raster order
-            raster = torch.arange(self.filled, dtype=torch.int32, device=self._k.device)
-            return raster.expand(self._k.shape[0], self.groups, -1)
-        return self._positions[:, :, : self.filled]
+        """Raster positions of the cached image tokens, int32 ``[B, G, N]``."""
+        return self.arrivals if self._places is None else self._places[self.arrivals]
+
+    @property
+    def age(self) -> Tensor:
+        """How many tokens came since each of the cached ones, int32 ``[B, G, N]``; 0 for the newest."""
+        return (self.count - 1 if self.selects else self.count) - self.arrivals
+
+    def came(self) -> Tensor:
+        """How many tokens of each line there have been before the incoming one, int64 ``[lines]``."""
+        lines, device = -(-self.max_tokens // self.columns), self._k.device
+        if self.order is None:
+            return (self.newest - self.columns * torch.arange(lines, device=device)).clamp(0, self.columns)
+        places = sorted(set(self.order.positions[: self.count]))
+        lengths = [0] * lines
+        for place in places:
+            lengths[place // self.columns] += 1
+        return torch.tensor(lengths).to(device)
 
     # The two things a cache does: take tokens in, and attend.
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Insert, evict, attend.
 
-        The first call takes all condition tokens, which attend to each other causally; later ones an image token each.
+        The first call takes all condition tokens, which attend to each other causally; later ones image tokens, as
+        :meth:`update` does. Tokens that come in together see each other and all that is here, up to their own place.
 
         Args:
             q: ``[B, Hq, S, D]``, rotated; Hq is a multiple of H.
@@ -232,49 +278,79 @@ class LayerCache:
             self._bias[..., slots].masked_fill_(~valid[:, None, None, :], -torch.inf)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take in one image token, evicting another if there is no room.
+        """Take in image tokens, one after the other, each evicting another if there is no room.
 
         Args:
-            k, v: ``[B, H, 1, D]``.
+            k, v: ``[B, H, S, D]``; S is 1 in raster order, and up to ``order.width`` in another.
 
         Returns:
             Keys and values to attend to, ``[B, H, C + N, D]`` with the condition first, and a bias
-            ``[B, 1, 1, C + N]`` to add to the scores, or None.
+            ``[B, 1 or H, 1 or S, C + N]`` to add to the scores, or None.
 
         Raises:
-            ValueError: for several tokens at once, before the condition, or beyond ``max_tokens``.
+            ValueError: for too many tokens at once, before the condition, or beyond ``max_tokens``.
         """
-        if not self._has_condition or k.shape[2] != 1:
+        most = 1 if self.order is None else self.order.width
+        if not self._has_condition or not 1 <= k.shape[2] <= most:
             raise ValueError(
-                f"update takes one image token at a time, after the condition's {self.condition_tokens}; these are "
-                f"{k.shape[2]}, {'after' if self._has_condition else 'before'} it"
+                f"update takes {'one image token' if most == 1 else f'up to {most} image tokens'} at a time, after the "
+                f"condition's {self.condition_tokens}; these are {k.shape[2]}, "
+                f"{'after' if self._has_condition else 'before'} it"
             )
         k, v = k.to(self._k.dtype), v.to(self._v.dtype)
-        if self.count < self.capacity:
+        self._first_of_step = self.count
+        for one_k, one_v in zip(k.split(1, dim=2), v.split(1, dim=2), strict=True):
+            self._enter(one_k, one_v)
+        if self.selects and self.count > self.budget:
+            return self._selection()
+        end = self.condition_slots + self.filled
+        return self._k[:, :, :end], self._v[:, :, :end], self._step_bias()
+
+    def _enter(self, k: Tensor, v: Tensor) -> None:
+        """One image token. ``[B, H, 1, D]``."""
+        own = None if self.order is None else self.order.replaces.get(self.count)
+        if own is not None:
+            self._replace((self.arrivals == own).long().argmax(-1, keepdim=True), k, v)
+        elif self.filled < self.capacity:
             self._append(k, v)
         elif self.evicts:
             self._replace(self._victim(), k, v)
         else:
             raise ValueError(f"the cache was made for {self.capacity} image tokens, and this is one more")
         self.count += 1
-        if self.selects and self.count > self.budget:
-            return self._selection()
+
+    def _step_bias(self) -> Tensor | None:
+        """What is added to the scores of the tokens that came in last, ``[B, 1 or H, 1 or S, C + N]``, or None."""
         end = self.condition_slots + self.filled
-        return self._k[:, :, :end], self._v[:, :, :end], None if self._bias is None else self._bias[..., :end]
+        bias = None if self._bias is None else self._bias[..., :end]
+        if self.order is None:
+            return bias
+        places = self.order.positions[self._first_of_step : self.count]
+        if self.order.furthest[self.count - 1] <= min(places):
+            return bias
+        mine = self._places[self._first_of_step : self.count].unsqueeze(-1)
+        later = self.positions.unsqueeze(2) > mine  # [B, G, S, N]: of the rows above, queries see nothing below them
+        dtype = self._k.dtype if bias is None else bias.dtype
+        hidden = torch.zeros(*later.shape[:3], end, dtype=dtype, device=later.device)
+        hidden[..., self.condition_slots :].masked_fill_(later, -torch.inf)
+        return hidden if bias is None else hidden + bias
 
     def _features(self, k: Tensor, v: Tensor) -> Tensor:
         return k if self.policy.similarity_of == "k" else v
 
     def _append(self, k: Tensor, v: Tensor) -> None:
-        slot = self.condition_slots + self.count
+        slot = self.condition_slots + self.filled
         self._k[:, :, slot : slot + 1] = k
         self._v[:, :, slot : slot + 1] = v
+        if self.order is not None:
+            self._arrivals[:, :, self.filled] = self.count
         if self.similarity is not None:
-            self.similarity.append(self.count, self._features(k, v))
+            self.similarity.append(self.filled, self._features(k, v))
+        self.filled += 1
 
     def _replace(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
         """Write a token over another. ``slot``: int64 ``[B, G, 1]``, counted from the first image slot."""
-        self._positions.scatter_(2, slot, self.count)
+        self._arrivals.scatter_(2, slot, self.count)
         index = (slot + self.condition_slots).unsqueeze(-1).expand_as(v)
         if self.similarity is not None:
             old = self._features(self._k, self._v).gather(2, index)
@@ -289,30 +365,33 @@ class LayerCache:
 
         One ranking names the victims of ``renew_every`` steps.
         """
-        step = (self.count - self.capacity) % self.config.renew_every
+        step = self._evicted % self.config.renew_every
+        self._evicted += 1
         if step == 0:
             first = self.prefix  # the prefix never leaves the first slots
-            positions = self.positions[..., first:]
-            ranks = _ranks(self.policy.score(self)[..., first:], positions)
-            ranks = ranks.add(positions > self.count - self.local, alpha=_NEVER)
-            if self._order is None:
+            arrivals = self.arrivals[..., first:]
+            ranks = _ranks(self.policy.score(self)[..., first:], arrivals)
+            ranks = ranks.add(arrivals > min(self.count - self.local, self._first_of_step - 1), alpha=_NEVER)
+            for held in () if self.order is None else self.order.awaited[self.count]:
+                ranks = ranks.add(arrivals == held, alpha=_NEVER)
+            if self._ranking is None:
                 return ranks.argmin(-1, keepdim=True) + first
-            self._order.copy_(ranks.topk(self._order.shape[-1], largest=False, sorted=True).indices + first)
-        return self._order[:, :, step : step + 1]
+            self._ranking.copy_(ranks.topk(self._ranking.shape[-1], largest=False, sorted=True).indices + first)
+        return self._ranking[:, :, step : step + 1]
 
     def _selection(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and bias of condition, prefix, the chosen, and local (Eqs. 1-5); slots are in raster order."""
-        count, kept = self.count, self._order.shape[-1]
+        count, kept = self.count, self._ranking.shape[-1]
         if (count - self.budget - 1) % self.config.renew_every == 0:
             previous = slice(self.prefix, count - self.local)
             score, position = self.policy.score(self)[..., previous], self.positions[..., previous]
             ranks = _ranks(score, (1 << _POSITION_BITS) - 1 - position)
-            self._order.copy_(ranks.topk(kept).indices + self.prefix)
+            self._ranking.copy_(ranks.topk(kept).indices + self.prefix)
         raster = torch.arange(self.condition_slots + count, device=self._k.device)
         batch, heads, _, dim = self._k.shape
         raster = raster.expand(batch, self.groups, -1)
         first, last = raster[..., : self.condition_slots + self.prefix], raster[..., -self.local :]
-        chosen = torch.cat([first, self._order + self.condition_slots, last], dim=-1)
+        chosen = torch.cat([first, self._ranking + self.condition_slots, last], dim=-1)
         if self.attention is not None:
             self._seen = chosen[..., self.condition_slots :] - self.condition_slots
         index = chosen.unsqueeze(-1).expand(batch, heads, -1, dim)
@@ -320,19 +399,21 @@ class LayerCache:
         return self._k.gather(2, index), self._v.gather(2, index), bias
 
     def _watched_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """Attention of one image token, whose weights go on record. Shapes as in :meth:`attend`."""
+        """Attention of the tokens that came in last, whose weights go on record. Shapes as in :meth:`attend`."""
         wide = self.attention.weights.dtype  # as in the fused kernels: rounded scores would be off by percents
-        q = q.squeeze(2).unflatten(1, (k.shape[1], -1)).to(wide)  # [B, H, Hq / H, D]
-        scores = q @ k.to(wide).mT * q.shape[-1] ** -0.5
+        queries, shared = q.shape[2], q.shape[1] // k.shape[1]
+        q = q.unflatten(1, (k.shape[1], shared)).flatten(2, 3).to(wide)  # [B, H, Hq / H * S, D]
+        scores = (q @ k.to(wide).mT * q.shape[-1] ** -0.5).unflatten(2, (shared, queries))
         if bias is not None:
-            scores = scores + bias
-        weights = scores.softmax(-1)
+            scores = scores + bias.unsqueeze(2)
+        weights = scores.softmax(-1)  # [B, H, Hq / H, S, C + N]
         seen = weights[..., self.condition_slots :].sum(2)
         if self.groups == 1:
             seen = seen.sum(1, keepdim=True)
         slots, self._seen = self._seen, None
-        self.attention.add(self.count - 1, seen, slots)
-        return (weights.to(v.dtype) @ v).flatten(1, 2).unsqueeze(2)
+        for index, of_query in enumerate(seen.unbind(2)):
+            self.attention.add(self._first_of_step + index, of_query, slots)
+        return (weights.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (shared, queries)).flatten(1, 2)
 
     def _condition_mask(self, q: Tensor) -> Tensor | None:
         """bool ``[B, 1, T, T]``: causal, padding seen by nobody but itself. None if there is nothing to mask."""
@@ -348,7 +429,7 @@ class LayerCache:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything allocated, by name."""
-        named = {"k": self._k, "v": self._v, "bias": self._bias, "positions": self._positions, "order": self._order}
+        named = {"k": self._k, "v": self._v, "bias": self._bias, "arrivals": self._arrivals, "ranking": self._ranking}
         for record in (self.similarity, self.attention):
             if record is not None:
                 named |= record.tensors()
@@ -356,7 +437,7 @@ class LayerCache:
 
     def keep_rows(self, rows: int) -> None:
         """Forget all but the first ``rows`` rows, and free their memory."""
-        for name in ("_k", "_v", "_bias", "_positions", "_order"):
+        for name in ("_k", "_v", "_bias", "_arrivals", "_ranking"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor[:rows].clone())
@@ -372,6 +453,7 @@ class KVCache:
         self.config = config
         self.batch: int = shape["batch"]
         self.max_tokens: int = shape["max_tokens"]
+        self.order: Order | None = shape.get("order")
         self.layers = [LayerCache(config, **shape) for _ in range(n_layer)]
 
     @property

@@ -25,8 +25,9 @@ from tqdm import tqdm  # noqa: E402
 
 from adsa import CacheConfig  # noqa: E402
 from autoregressive.models.checkpoint import load_model  # noqa: E402
-from autoregressive.models.generate import new_cache  # noqa: E402
+from autoregressive.models.generate import logits_of, new_cache  # noqa: E402
 from autoregressive.models.gpt import Transformer  # noqa: E402
+from autoregressive.models.schedule import Schedule  # noqa: E402
 from autoregressive.sample.job import device_name, guarded, start_processes, versions  # noqa: E402
 from autoregressive.sample.options import OptionError, Options, parse_options, shown  # noqa: E402
 from autoregressive.sample.sampler import PRECISIONS, Blueprint  # noqa: E402
@@ -55,6 +56,7 @@ def token_losses(
     cond: Tensor,
     emb_masks: Tensor | None = None,
     cache: CacheConfig | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """The model's loss on each token of images that are given to it token by token, through a KV cache.
 
@@ -63,21 +65,19 @@ def token_losses(
         tokens: int64 ``[B, N]``, of real images.
         cond, emb_masks: as :func:`~autoregressive.models.generate.generate` takes them. There is no guidance.
         cache: what to keep; None: everything.
+        window: of a ZipAR schedule; None: raster order.
 
     Returns:
         float32 ``[B, N]``, nats.
     """
     batch, count = tokens.shape
-    kv = new_cache(model, batch, count, emb_masks, cache=cache)
-    position = torch.tensor([model.config.cls_token_num], device=tokens.device)
-    logits, _ = model(cond_idx=cond, cache=kv)
-    losses = []
-    for step in range(count):
-        losses.append(F.cross_entropy(logits[:, -1], tokens[:, step], reduction="none"))
-        if step < count - 1:
-            logits, _ = model(idx=tokens[:, step : step + 1], input_pos=position, cache=kv)
-            position += 1
-    return torch.stack(losses, dim=1)
+    kv = new_cache(model, batch, count, emb_masks, cache=cache, window=window)
+    schedule = Schedule(count, model.config.grid_size, window)
+    losses = torch.empty(batch, count, device=tokens.device)
+    for logits, positions in logits_of(model, cond, kv, schedule, tokens):
+        for index, position in enumerate(positions):
+            losses[:, position] = F.cross_entropy(logits[:, index], tokens[:, position], reduction="none")
+    return losses
 
 
 def parse_cache(text: str) -> CacheConfig:

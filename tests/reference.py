@@ -26,6 +26,7 @@ def redundancy(policy: str, cached: list[int], chooser: "Choice") -> np.ndarray:
     """How willingly a policy lets go of each cached token before the newest is attended to, higher = sooner."""
     values, keys = [chooser.values[j] for j in cached], [chooser.keys[j] for j in cached]
     newest, columns, seen = len(chooser.values) - 1, chooser.columns, chooser.attention
+    here, places = chooser.places[newest], [chooser.places[j] for j in cached]
     window = {"tova": 1, "r_kv": 8, "snapkv": 32}.get(policy, 0)  # the last queries; 0: all
     mass = np.array([sum(a.get(j, 0) for a in seen[-window:]) for j in cached])
     if policy == "adsa":
@@ -35,12 +36,12 @@ def redundancy(policy: str, cached: list[int], chooser: "Choice") -> np.ndarray:
     if policy in ("window", "streaming"):
         return -np.array(cached, dtype=float)
     if policy == "random":
-        return -np.array([hashed(j, chooser.head) for j in cached])
+        return -np.array([hashed(j, chooser.head) for j in places])
     if policy == "uniform":
-        return np.array([float(int(f"{j:032b}"[::-1], 2)) for j in cached]) / 2**32
+        return np.array([float(int(f"{j:032b}"[::-1], 2)) for j in places]) / 2**32
     if policy == "neighborhood":
-        rows, across = np.divmod(cached, columns)
-        return (rows - newest // columns) ** 2 + (across - newest % columns) ** 2.0
+        rows, across = np.divmod(places, columns)
+        return (rows - here // columns) ** 2 + (across - here % columns) ** 2.0
     if policy in ("h2o", "tova", "snapkv"):
         return -mass
     if policy == "keydiff":
@@ -51,12 +52,12 @@ def redundancy(policy: str, cached: list[int], chooser: "Choice") -> np.ndarray:
         return 0.9 * softmax(mean_similarity(keys)) - 0.1 * mass / mass.sum()
     if policy == "lines":
         worth = {}
-        for line in {j // columns for j in cached}:
-            members = [i for i, j in enumerate(cached) if j // columns == line]
-            came = [j for j in range(newest) if j // columns == line]
+        for line in {j // columns for j in places}:
+            members = [i for i, j in enumerate(places) if j // columns == line]
+            came = {j for j in chooser.places[:newest] if j // columns == line}
             worth[line] = np.mean([mass[i] / max(1, newest - cached[i]) for i in members])
             worth[line] -= 1000 * (len(members) < len(came))
-        return -np.array([worth[j // columns] for j in cached])
+        return -np.array([worth[j // columns] for j in places])
     raise ValueError(policy)
 
 
@@ -73,29 +74,42 @@ def by_worth(scores: np.ndarray, positions: list[int], highest_first: bool) -> l
 
 
 class Choice:
-    """The positions that one chooser (a head, or all heads of a layer) keeps, step by step.
+    """The tokens that one chooser (a head, or all heads of a layer) keeps, step by step, by number of arrival.
 
-    Keeps the whole history of keys, values and attention; ``cached`` is what an evicting cache still holds.
+    Keeps the whole history of keys, values, raster places and attention; ``cached`` is what an evicting cache still
+    holds.
     """
 
     def __init__(self, policy, budget, prefix, local, mode, renew_every, *, head, columns):
         self.policy, self.budget, self.prefix, self.local = policy, budget, prefix, local
         self.mode, self.renew_every, self.head, self.columns = mode, renew_every, head, columns
-        self.keys, self.values, self.attention = [], [], []  # attention: {position: weight} of each query
+        self.keys, self.values, self.places = [], [], []
+        self.attention = []  # {arrival: weight} of each query
+        self.stand_ins = set()  # arrivals that wait for the place's own token
         self.cached, self.queue, self.chosen, self.rankings = [], [], [], 0
 
-    def step(self, key: np.ndarray, value: np.ndarray) -> list[int]:
-        """A token's key and value come in; which positions may its query see?"""
+    def step(self, key: np.ndarray, value: np.ndarray, place=None, stands_in=False, together=0) -> list[int]:
+        """A token comes in; which may its query see? It is the ``together``-th, from 0, of those that come at once."""
         p = len(self.values)
+        place = p if place is None else place
         self.keys.append(key)
         self.values.append(value)
+        self.places.append(place)
+        for old in [j for j in self.stand_ins if self.places[j] == place]:
+            self.stand_ins.remove(old)
+            self.cached[self.cached.index(old)] = p
+            return list(self.cached)
+        if stands_in:
+            self.stand_ins.add(p)
         if self.policy == "full":
-            return list(range(p + 1))
+            self.cached.append(p)
+            return list(self.cached)
         if self.mode == "evict":
             if len(self.cached) == self.budget:
                 if not self.queue:
                     scores = redundancy(self.policy, self.cached, self)
-                    previous = [j for j in self.cached if self.prefix <= j <= p - self.local]
+                    newest = min(p - self.local, p - together - 1)
+                    previous = [j for j in self.cached[self.prefix :] if j <= newest and j not in self.stand_ins]
                     scores = np.array([scores[self.cached.index(j)] for j in previous])
                     self.queue = by_worth(scores, previous, highest_first=True)[: self.renew_every]
                 self.cached.remove(self.queue.pop(0))
@@ -133,26 +147,32 @@ class Attention:
         choosers = n_kv_head if granularity == "head" else 1
         self.choices = [Choice(**choice, head=head, columns=columns) for head in range(choosers)]
         self.conditions = []  # values [H, D] of valid condition tokens
-        self.keys, self.values = [], []  # of image tokens, [H, D]
+        self.keys, self.values = [], []  # of image tokens, [H, D], by arrival
 
     def condition(self, v):
         """``[Hq, D]`` of one condition token: queries and keys are zero, so it is the mean over them so far."""
         self.conditions.append(v)
         return np.repeat(np.mean(self.conditions, axis=0), self.n_head // self.n_kv, axis=0)
 
-    def image(self, q, k, v):
-        """``[Hq, D]`` of one image token; q: ``[Hq, D]``, k and v: ``[H, D]``."""
-        self.keys.append(k)
-        self.values.append(v)
+    def images(self, tokens):
+        """``[Hq, D]`` of each of the tokens that come at once: (q ``[Hq, D]``, k, v ``[H, D]``, place, stands in)."""
+        for together, (_, k, v, place, stands_in) in enumerate(tokens):
+            self.keys.append(k)
+            self.values.append(v)
+            parts = range(self.n_kv) if len(self.choices) > 1 or self.n_kv == 1 else [slice(None)]
+            seen = [
+                choice.step(k[part].ravel(), v[part].ravel(), place, stands_in, together)
+                for choice, part in zip(self.choices, parts, strict=True)
+            ]
+        return [self.attend(q, v, seen, place) for q, _, v, place, _ in tokens]
+
+    def attend(self, q, v, seen, place):
+        """``[Hq, D]`` of one token: over those that its chooser lets it see, up to its place."""
         choices = self.choices
-        seen = [
-            c.step(*(x[h] if len(choices) > 1 or self.n_kv == 1 else x.ravel() for x in (k, v)))
-            for h, c in enumerate(choices)
-        ]
         out, records = [], [{} for _ in choices]
         for head in range(self.n_head):
             h = head // (self.n_head // self.n_kv)
-            visible = seen[h % len(seen)]
+            visible = [j for j in seen[h % len(seen)] if choices[0].places[j] <= place]
             scores = [0.0] * len(self.conditions) + [q[head] @ self.keys[j][h] / np.sqrt(len(v[h])) for j in visible]
             values = [c[h] for c in self.conditions] + [self.values[j][h] for j in visible]
             weights = softmax(np.array(scores))
@@ -196,44 +216,84 @@ class Decoder:
         out[:, 1::2] = x[:, 1::2] * cos + x[:, 0::2] * sin
         return out
 
-    def block(self, x, i, position):
-        """One token through one layer; ``position`` None for a condition token."""
+    def block(self, tokens, i, feeds):
+        """Tokens that come at once through one layer; ``feeds``: (place, stands in) of each, or None: a condition's."""
         name = f"layers.{i}."
-        qkv = self.w[name + "attention.wqkv.weight"] @ self.norm(x, name + "attention_norm.weight")
-        q = qkv[: self.dim].reshape(self.n_head, self.head_dim)
-        k, v = qkv[self.dim :].reshape(2, self.n_kv, self.head_dim)
-        if position is None:
-            out = self.attention[i].condition(v)
-        else:
-            out = self.attention[i].image(self.rotate(q, position), self.rotate(k, position), v)
+        ready = []
+        for x, feed in zip(tokens, feeds, strict=True):
+            qkv = self.w[name + "attention.wqkv.weight"] @ self.norm(x, name + "attention_norm.weight")
+            q = qkv[: self.dim].reshape(self.n_head, self.head_dim)
+            k, v = qkv[self.dim :].reshape(2, self.n_kv, self.head_dim)
+            if feed is not None:
+                q, k = self.rotate(q, feed[0]), self.rotate(k, feed[0])
+            ready.append((q, k, v, *(feed or ())))
+        outs = [self.attention[i].condition(ready[0][2])] if feeds == [None] else self.attention[i].images(ready)
+        return [self.rest(x, out, name) for x, out in zip(tokens, outs, strict=True)]
+
+    def rest(self, x, out, name):
         x = x + self.w[name + "attention.wo.weight"] @ out.ravel()
         h = self.norm(x, name + "ffn_norm.weight")
         gate = self.w[name + "feed_forward.w1.weight"] @ h
         hidden = gate / (1 + np.exp(-gate)) * (self.w[name + "feed_forward.w3.weight"] @ h)
         return x + self.w[name + "feed_forward.w2.weight"] @ hidden
 
-    def step(self, x, position):
-        """One embedding in, logits for the token after it out."""
+    def step(self, tokens, feeds):
+        """Embeddings in, logits for the token after each out."""
         for i in range(self.n_layer):
-            x = self.block(x, i, position)
-        return self.w["output.weight"] @ self.norm(x, "norm.weight")
+            tokens = self.block(tokens, i, feeds)
+        return [self.w["output.weight"] @ self.norm(x, "norm.weight") for x in tokens]
 
 
-def decode(state, label, steps, *, n_head, n_kv_head, grid, choice, granularity, cfg_scale=1.0, uniform=None):
+def zipar(columns, lines, window):
+    """ZipAR by its rule, pass by pass: lists of (place, place whose token goes in there, place drawn or None).
+
+    The second row begins when the first is whole, another when the row above has ``window`` tokens more.
+    """
+    drawn = [1] + [0] * (lines - 1)
+    waiting = []
+    while drawn[-1] < columns:
+        feeds, before = [], list(drawn)
+        ends = [r for r in range(lines) if before[r] == columns]
+        for place in [p for p in waiting if before[p // columns] == columns]:
+            waiting.remove(place)
+            feeds.append((place, place, None))
+        for r in range(lines):
+            may = r == 0 or before[r - 1] >= (columns if r == 1 else window)
+            if before[r] == columns or not (before[r] or may):
+                continue
+            place = r * columns + before[r] - 1
+            source = place
+            if before[r] == 0 and r - 1 not in ends:
+                source = ends[-1] * columns + columns - 1
+                waiting.append(place)
+            feeds.append((place, source, place + 1))
+            drawn[r] += 1
+        yield sorted(feeds)
+
+
+def decode(
+    state, label, steps, *, n_head, n_kv_head, grid, choice, granularity, cfg_scale=1.0, uniform=None, window=None
+):
     """Tokens of one class-conditional image: greedy, or by the numbers of ``uniform`` through the inverse CDF."""
     null = len(state["cls_embedding.embedding_table.weight"]) - 1
     labels = [label, null] if cfg_scale > 1 else [label]
     rows = [Decoder(state, n_head, n_kv_head, grid, choice, granularity) for _ in labels]
-    embeddings = [state["cls_embedding.embedding_table.weight"][c] for c in labels]
-    position, tokens = None, []
-    for step in range(steps):
-        logits = [row.step(x, position) for row, x in zip(rows, embeddings, strict=True)]
+    tokens = {}
+
+    def draw(logits, place):
         logits = logits[0] if len(rows) == 1 else logits[1] + (logits[0] - logits[1]) * cfg_scale
         if uniform is None:
-            token = int(np.argmax(logits))
+            tokens[place] = int(np.argmax(logits))
         else:
-            token = int(np.searchsorted(np.cumsum(softmax(logits)), uniform[step], side="right"))
-        tokens.append(token)
-        embeddings = [state["tok_embeddings.weight"][token]] * len(rows)
-        position = step
-    return tokens
+            tokens[place] = int(np.searchsorted(np.cumsum(softmax(logits)), uniform[place], side="right"))
+
+    embeddings = [state["cls_embedding.embedding_table.weight"][c] for c in labels]
+    draw([row.step([x], [None])[0] for row, x in zip(rows, embeddings, strict=True)], 0)
+    raster = ([(p, p, p + 1)] for p in range(steps - 1))
+    for feeds in raster if window is None else zipar(grid, steps // grid, window):
+        embeddings = [state["tok_embeddings.weight"][tokens[source]] for _, source, _ in feeds]
+        logits = [row.step(embeddings, [(place, place != source) for place, source, _ in feeds]) for row in rows]
+        for index, (_, _, target) in enumerate(feeds):
+            if target is not None:
+                draw([of_row[index] for of_row in logits], target)
+    return [tokens[place] for place in range(steps)]

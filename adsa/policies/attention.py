@@ -67,10 +67,9 @@ class Lines(Policy):
     def score(self, layer) -> Tensor:
         positions, columns = layer.positions.long(), layer.columns
         line = positions // columns
-        mass = layer.attention.mass(layer.filled) / (layer.newest - positions).clamp(min=1)
+        mass = layer.attention.mass(layer.filled) / layer.age.clamp(min=1)
         sums = mass.new_zeros(2, *mass.shape[:2], -(-layer.max_tokens // columns))
         total, count = sums.scatter_add_(3, line.expand(2, *line.shape), torch.stack([mass, torch.ones_like(mass)]))
-        came = (layer.newest - columns * torch.arange(count.shape[-1], device=mass.device)).clamp(max=columns)
         mean = (total / count.clamp(min=1)).clamp(min=torch.finfo(total.dtype).tiny)
-        worth = mean.log() - 1000.0 * (count < came)  # no logarithm is below -1000
+        worth = mean.log() - 1000.0 * (count < layer.came())  # no logarithm is below -1000
         return worth.gather(2, line)

@@ -21,7 +21,7 @@ class Streaming(Policy):
         return prefix, budget - prefix
 
     def score(self, layer) -> Tensor:
-        return layer.positions.float()
+        return layer.arrivals.float()
 
 
 class Window(Streaming):

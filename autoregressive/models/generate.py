@@ -1,11 +1,14 @@
 """The decode loop: condition in, image tokens out, through any KV cache."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from adsa import CacheConfig, KVCache
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling import draw, guide, probabilities, uniform_noise
+from autoregressive.models.schedule import Schedule
 
 
 def new_cache(
@@ -15,13 +18,38 @@ def new_cache(
     emb_masks: Tensor | None = None,
     cfg_scale: float = 1.0,
     cache: CacheConfig | None = None,
+    window: int | None = None,
 ) -> KVCache:
     """The cache that :func:`generate` makes for these arguments; ``batch`` counts images."""
     if emb_masks is not None and model.config.model_type == "c2i":
         raise ValueError("a class-conditional model has no text to mask: emb_masks must be None")
     rows = 2 if cfg_scale > 1.0 else 1
     valid = None if emb_masks is None else emb_masks.bool().repeat(rows, 1)
-    return model.new_cache(cache or CacheConfig(policy="full"), rows * batch, max_new_tokens, valid)
+    order = Schedule(max_new_tokens, model.config.grid_size, window).order
+    return model.new_cache(cache or CacheConfig(policy="full"), rows * batch, max_new_tokens, valid, order)
+
+
+def logits_of(
+    model: Transformer, cond: Tensor, kv: KVCache, schedule: Schedule, known: Tensor
+) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Run the model pass by pass.
+
+    Args:
+        model, cond: one row of ``cond`` for each row of the cache.
+        kv: made for the same schedule; it may lose the second half of its rows on the way.
+        schedule: what goes in when.
+        known: int64 ``[B, N]``, the tokens. The caller writes those that are told before going on.
+
+    Yields:
+        Logits ``[rows, P, V]`` and the raster positions of the P tokens to come.
+    """
+    yield model(cond_idx=cond, cache=kv)[0][:, -1:], (0,)
+    for step, (positions, sources, rows) in zip(schedule.passes, schedule.on(known.device), strict=True):
+        idx = known.index_select(1, sources).repeat(kv.batch // len(known), 1)
+        logits, _ = model(idx=idx, input_pos=positions + model.config.cls_token_num, cache=kv)
+        if len(step.rows) < len(step.positions):
+            logits = logits.index_select(1, rows)
+        yield logits, step.draws
 
 
 @torch.no_grad()
@@ -40,6 +68,7 @@ def generate(
     seeds: Tensor | None = None,
     kv: KVCache | None = None,
     start: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Sample image tokens.
 
@@ -51,7 +80,7 @@ def generate(
             half alike, as LlamaGen does.
         cfg_scale: guidance: logits = uncond + (cond - uncond) * cfg_scale. At 1 or less there is no unconditional half.
         cfg_interval: if above -1, guidance ends after this many decode steps (0 is the second token), and so does the
-            computation of the unconditional half.
+            computation of the unconditional half. Steps are passes where a ``window`` makes these fewer.
         temperature, top_k, top_p: applied in this order; top_k = 0 and top_p = 1 are off.
         sample_logits: draw; if False, take the most likely token.
         cache: what to keep (:class:`adsa.CacheConfig`). None: everything.
@@ -61,6 +90,7 @@ def generate(
             ``cache``, which are then not given. None: made here.
         start: int ``[B, n]``, n up to N: the first n tokens are these, and the others keep the noise of their steps. So
             an image that starts with its own first tokens and has its own seed is that image. None: all are drawn.
+        window: decode several rows at once (:class:`~autoregressive.models.schedule.Schedule`). None: raster order.
 
     Returns:
         int64 ``[B, N]`` on the device of ``cond``. While decoding, tokens leave for host memory (section 4.2 of the
@@ -80,18 +110,27 @@ def generate(
     seeds = torch.randint(2**62, (batch,)) if seeds is None else torch.as_tensor(seeds)
     if seeds.shape != (batch,):
         raise ValueError(f"seeds of shape {[*seeds.shape]} for {batch} images: generate takes one per image")
+    schedule = Schedule(max_new_tokens, model.config.grid_size, window)
     if kv is None:
-        kv = new_cache(model, batch, max_new_tokens, emb_masks, cfg_scale, cache)
+        kv = new_cache(model, batch, max_new_tokens, emb_masks, cfg_scale, cache, window)
     elif emb_masks is not None or cache is not None:
         raise ValueError("emb_masks and cache belong to new_cache when kv is given")
-    elif (kv.used, kv.batch) != (False, batch * (1 + (cfg_scale > 1.0))) or kv.max_tokens < max_new_tokens:
+    elif (kv.used, kv.batch, kv.order) != (
+        False,
+        batch * (1 + (cfg_scale > 1.0)),
+        schedule.order,
+    ) or kv.max_tokens < max_new_tokens:
         raise ValueError(
             f"kv is {'used' if kv.used else 'unused'} and has {kv.batch} rows for {kv.max_tokens} tokens; needed is an "
-            f"unused one for {batch} images, cfg_scale {cfg_scale} and {max_new_tokens} tokens: make it by new_cache"
+            f"unused one for {batch} images, cfg_scale {cfg_scale}, {max_new_tokens} tokens and window {window}: make "
+            f"it by new_cache"
         )
+    given = 0
+    known = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)
     if start is not None:
         _check_start(start, batch, max_new_tokens, model.config.vocab_size)
-    given = [] if start is None else start.T.contiguous().to(device, torch.long)
+        given = start.shape[1]
+        known[:, :given] = start
 
     noise = uniform_noise(seeds, max_new_tokens).T.contiguous().to(device) if sample_logits else None
     pinned = device.type == "cuda"
@@ -99,27 +138,22 @@ def generate(
     guided = cfg_scale > 1.0
     if guided:
         cond = torch.cat([cond, model.null_condition(cond)])
-
-    logits, _ = model(cond_idx=cond, cache=kv)
-    position = torch.tensor([model.config.cls_token_num], device=device)
-    for step in range(max_new_tokens):
-        logits = logits[:, -1]
-        if guided:
-            logits = guide(logits, cfg_scale)
-        if step < len(given):
-            token = given[step]
-        elif sample_logits:
-            token = draw(probabilities(logits, temperature, top_k, top_p), noise[step])
-        else:
-            token = logits.argmax(-1)
-        tokens[step].copy_(token, non_blocking=pinned)
-        if step == max_new_tokens - 1:
-            break
+    for step, (logits, positions) in enumerate(logits_of(model, cond, kv, schedule, known)):
+        if max(positions) >= given:
+            logits = (guide(logits, cfg_scale) if guided else logits).flatten(0, 1)
+            if sample_logits:
+                uniform = torch.stack([noise[position] for position in positions], dim=1).flatten()
+                drawn = draw(probabilities(logits, temperature, top_k, top_p), uniform)
+            else:
+                drawn = logits.argmax(-1)
+            for position, token in zip(positions, drawn.view(batch, -1).unbind(1), strict=True):
+                if position >= given:
+                    known[:, position] = token
+        for position in positions:
+            tokens[position].copy_(known[:, position], non_blocking=pinned)
         if guided and -1 < cfg_interval < step:
             guided = False
             kv.keep_rows(batch)
-        logits, _ = model(idx=token.repeat(2 if guided else 1).unsqueeze(1), input_pos=position, cache=kv)
-        position += 1
     if pinned:
         torch.cuda.synchronize(device)
     return tokens.T.contiguous().to(device)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adsa import KVCache, LayerCache
+from adsa import KVCache, LayerCache, Order
 from autoregressive.models.rope import apply_rope, rope_table
 
 
@@ -261,7 +261,9 @@ class Transformer(nn.Module):
         """The unconditional half of guidance: the null class, or the null caption; same shape as ``cond``."""
         return self.cls_embedding.null(cond)
 
-    def new_cache(self, config, batch: int, max_tokens: int, valid: Tensor | None = None) -> KVCache:
+    def new_cache(
+        self, config, batch: int, max_tokens: int, valid: Tensor | None = None, order: Order | None = None
+    ) -> KVCache:
         """An empty KV cache that fits this model.
 
         Args:
@@ -269,6 +271,7 @@ class Transformer(nn.Module):
             batch: rows, both halves of guidance included.
             max_tokens: image tokens that will be decoded.
             valid: bool ``[batch, T]``, which condition tokens are no padding; None: all.
+            order: in which the image tokens come in (:class:`adsa.Order`); None: in raster order.
         """
         weight = self.tok_embeddings.weight
         return KVCache(
@@ -283,6 +286,7 @@ class Transformer(nn.Module):
             device=weight.device,
             valid=valid,
             columns=self.config.grid_size,
+            order=order,
         )
 
     def forward(
@@ -299,7 +303,7 @@ class Transformer(nn.Module):
 
         * ``idx`` and ``cond_idx``: whole sequences, for training and for validation losses.
         * ``cond_idx`` and ``cache``: the condition enters the cache; logits for the first image token.
-        * ``idx``, ``input_pos`` and ``cache``: one more image token enters; logits for the one after it.
+        * ``idx``, ``input_pos`` and ``cache``: image tokens enter the cache; logits for those after them.
 
         Args:
             idx: int ``[B, S]`` image tokens. In training ``tokens[:, :-1]``.

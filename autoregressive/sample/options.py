@@ -163,6 +163,12 @@ class SamplingOptions:
     top_k: int = option(0, "draw among the K most likely tokens; 0: all", metavar="K")
     top_p: float = option(1.0, "draw among the most likely tokens that sum to P; 1: all", metavar="P")
     temperature: float = option(1.0, "divides the logits", metavar="T")
+    zipar_window: int | None = option(
+        None,
+        "decode several rows at once, each so many tokens behind the row above (arXiv 2412.04062): fewer passes; "
+        "default: raster order",
+        metavar="TOKENS",
+    )
 
 
 @dataclass
@@ -317,6 +323,13 @@ class Options:
             raise OptionError(f"sampling.top_k must be 0 (off) or more, not {sampling.top_k}")
         if not 0 < sampling.top_p <= 1:
             raise OptionError(f"sampling.top_p must be above 0 and at most 1 (off), not {sampling.top_p}")
+        if sampling.zipar_window is not None:
+            if sampling.zipar_window < 1:
+                raise OptionError(f"sampling.zipar_window must be at least 1, not {sampling.zipar_window}")
+            if self.model.compile:
+                raise OptionError(
+                    "sampling.zipar_window and model.compile don't go together: each pass is another graph"
+                )
         if not 0 <= sampling.temperature < float("inf"):
             raise OptionError(f"sampling.temperature must be 0 or more, not {sampling.temperature}")
 

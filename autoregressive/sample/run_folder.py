@@ -74,6 +74,16 @@ def read_record(run: Path) -> dict[str, Any]:
     return record
 
 
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings of a run that differ from those wanted, {key: (there, here)}.
+
+    A key that is missing counts as None: a run made before there was an option had its default.
+    """
+    here = json.loads(json.dumps(here))
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    return {key: (there.get(key), here.get(key)) for key in keys}
+
+
 class RunFolder:
     """One run of `total` square images of `image_size` pixels, with their tokens if `keeps_tokens`.
 
@@ -105,8 +115,7 @@ class RunFolder:
             record = read_record(self.path)
         except RunError:
             return False  # which `open` explains
-        same = record["settings"] == json.loads(json.dumps(settings))
-        return same and record["status"] == "complete" and self.npz.exists()
+        return not differing(record["settings"], settings) and record["status"] == "complete" and self.npz.exists()
 
     def open(self, settings: Mapping[str, Any], details: Mapping[str, Any], files: Mapping[str, bytes]) -> list[int]:
         """Start the run, or go on with it.
@@ -188,10 +197,9 @@ class RunFolder:
             return {}
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise RunError(f"{path}: not readable as a run ({error!r}); {anew}") from error
-        here = json.loads(json.dumps(settings))
-        differ = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        differ = differing(there, settings)
         if differ:
-            told = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differ)
+            told = "; ".join(f"{key} is {old!r} there and {new!r} here" for key, (old, new) in differ.items())
             raise RunError(f"{self.path}: holds a run with other settings: {told}. Give it the same to go on; {anew}")
         return earlier
 

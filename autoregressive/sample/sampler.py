@@ -181,6 +181,10 @@ class Sampler:
         torch.set_float32_matmul_precision("high")  # TF32, as LlamaGen samples
         torch.backends.cudnn.deterministic = True
         model = blueprint.options
+        try:  # an impossible cache or window is told before weights are read
+            new_cache(blueprint.gpt, 1, blueprint.tokens, cache=self.cache, window=self.sampling.zipar_window)
+        except ValueError as error:
+            raise OptionError(str(error)) from error
         self.gpt: Transformer = load_model(
             blueprint.gpt, model.gpt_ckpt, device=device, dtype=PRECISIONS[model.precision]
         )
@@ -229,7 +233,8 @@ class Sampler:
         with self._timed("gpt"):
             if cond.is_floating_point():
                 cond = cond.to(self.gpt.tok_embeddings.weight.dtype)
-            kv = new_cache(self.gpt, len(cond), count, masks, options.cfg_scale, self.cache)
+            window = options.zipar_window
+            kv = new_cache(self.gpt, len(cond), count, masks, options.cfg_scale, self.cache, window)
             if len(cond) > self.cache_report.get("images_per_batch", 0):
                 self.cache_report = describe(kv, len(cond))
             return generate(
@@ -244,6 +249,7 @@ class Sampler:
                 seeds=seeds,
                 kv=kv,
                 start=start,
+                window=window,
             )
 
     def images(self, tokens: Tensor, size: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from adsa import CacheConfig  # noqa: E402
 from adsa.policies import POLICIES  # noqa: E402
 from autoregressive.sample.job import guarded, start_processes  # noqa: E402
 from autoregressive.sample.options import OptionError  # noqa: E402
+from autoregressive.sample.run_folder import differing  # noqa: E402
 from evaluations import markdown  # noqa: E402
 from evaluations.bootstrap import mean_interval  # noqa: E402
 from evaluations.features import open_set  # noqa: E402
@@ -120,8 +121,7 @@ class Experiment:
                 found = Cell(**content)
             except (ValueError, KeyError, TypeError) as error:
                 raise OptionError(f"{path}: no readable cell ({error!r}); delete it to make it again") from error
-            if there != identity:
-                other = [key for key in {*there, *identity} if there.get(key) != identity.get(key)]
+            if other := differing(there, identity):
                 raise OptionError(
                     f"{path}: made with other {', '.join(sorted(other))}; give another --output, or delete it"
                 )

@@ -159,7 +159,7 @@ def test_select_can_bring_a_token_back(granularity):
     """In selection a token left out may return; that is what tells it from eviction."""
     q, k, v = stream(tokens=64)
     cache, seen = layer(config("adsa", granularity, "select"), tokens=64), []
-    run(cache, q, k, v, watch=lambda c: seen.append(set() if c.count <= 16 else set(c._order[0, 0].tolist())))
+    run(cache, q, k, v, watch=lambda c: seen.append(set() if c.count <= 16 else set(c._ranking[0, 0].tolist())))
     returned = [t for t in range(18, 64) if (seen[t] - seen[t - 1]) & set(range(3, t - 5))]
     assert returned
 

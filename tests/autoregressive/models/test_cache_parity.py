@@ -24,7 +24,7 @@ def tiny(seed=5, **kwargs) -> Transformer:
     return model
 
 
-def expected(model, choice, granularity, cfg_scale=1.0, noise=None):
+def expected(model, choice, granularity, cfg_scale=1.0, noise=None, window=None):
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     return [
         decode(
@@ -38,6 +38,7 @@ def expected(model, choice, granularity, cfg_scale=1.0, noise=None):
             granularity=granularity,
             cfg_scale=cfg_scale,
             uniform=None if noise is None else noise[row].numpy(),
+            window=window,
         )
         for row, label in enumerate(LABELS)
     ]

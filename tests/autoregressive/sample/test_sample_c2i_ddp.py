@@ -137,6 +137,28 @@ def test_other_settings_are_refused(models, copied):
         sample_c2i_ddp.main([*models, *flags, "--num-fid-samples", "25"])
 
 
+def test_rows_decoded_at_once(models, unbroken, tmp_path):
+    flags = [*models, *FLAGS, "--per-proc-batch-size", "8", "--sample-dir", str(tmp_path), "--zipar-window"]
+    for window in (2, 6):  # 6 is a whole row, which is raster order
+        sample_c2i_ddp.main([*flags, str(window)])
+    ahead, raster = (tmp_path / NAME.replace("seed", f"zipar-{window}-seed") for window in (2, 6))
+    made = [np.load(folder / "samples.npz")["arr_0"] for folder in (unbroken, raster, ahead)]
+    assert np.array_equal(made[0], made[1])
+    assert (made[0] != made[2]).any((1, 2, 3)).all()
+
+
+def test_a_run_made_before_there_was_an_option_goes_on(models, copied, capsys):
+    folder, flags = copied
+    record = json.loads((folder / "run.json").read_text())
+    del record["settings"]["sampling.zipar_window"]
+    (folder / "run.json").write_text(json.dumps(record))
+    sample_c2i_ddp.main([*models, *flags])
+    assert capsys.readouterr().out.endswith(f"{folder / 'samples.npz'}\n")
+    with pytest.raises(RunError, match=r"sampling\.zipar_window is None there and 2 here"):
+        shutil.move(folder, folder.with_name(NAME.replace("seed", "zipar-2-seed")))
+        sample_c2i_ddp.main([*models, *flags, "--zipar-window", "2"])
+
+
 def test_uniform_labels_and_classes(models, tmp_path):
     flags = [*models, "--num-fid-samples", "6", "--label-distribution", "uniform", "--class-labels", "thing b", "7"]
     sample_c2i_ddp.main([*flags, "--sample-dir", str(tmp_path), "--cfg-scale", "1"])

@@ -1,0 +1,134 @@
+"""ZipAR: which token goes in when, and decoding by it, token for token against the literal decoder."""
+
+import pytest
+import torch
+
+from adsa import CacheConfig
+from adsa.policies import POLICIES
+from autoregressive.models.generate import generate, new_cache
+from autoregressive.models.sampling import uniform_noise
+from autoregressive.models.schedule import Schedule
+from evaluations.perplexity import token_losses
+from tests.autoregressive.models.test_cache_parity import GRID, LABELS, TOKENS, expected, tiny
+from tests.reference import zipar
+
+
+@pytest.mark.parametrize(
+    ("columns", "lines", "window"), [(6, 6, 2), (6, 6, 1), (6, 4, 5), (24, 24, 8), (5, 2, 3), (7, 1, 3), (32, 32, 11)]
+)
+def test_passes_are_those_of_the_rule(columns, lines, window):
+    schedule = Schedule(columns * lines, columns, window)
+    made = [
+        [(p, s, step.draws[step.rows.index(i)] if i in step.rows else None) for i, (p, s) in enumerate(pairs)]
+        for step in schedule.passes
+        for pairs in [list(zip(step.positions, step.sources, strict=True))]
+    ]
+    assert made == list(zipar(columns, lines, window))
+    assert len(made) + 1 == columns + max(0, (lines - 2) * window + columns if lines > 1 else 0)
+
+
+def test_eight_tokens_ahead_take_224_passes():
+    assert len(Schedule(576, 24, 8).passes) + 1 == 224  # the condition's is the first
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_whole_row_ahead_is_raster_order(window):
+    schedule = Schedule(36, 6, window)
+    assert schedule.order is None
+    assert [(p.positions, p.sources, p.draws) for p in schedule.passes] == [((i,), (i,), (i + 1,)) for i in range(35)]
+
+
+def settings(policy, granularity, renew_every=1, budget=18):
+    prefix, local = {"window": (0, budget - 5), "streaming": (4, budget - 9)}.get(policy, (3, 5))
+    choice = {"policy": policy, "budget": budget, "prefix": prefix, "local": local, "mode": "evict"}
+    if policy == "full":
+        return CacheConfig("full"), choice | {"prefix": 0, "local": 0, "renew_every": 1}
+    cache = CacheConfig(granularity=granularity, renew_every=renew_every, **choice)
+    return cache, choice | {"renew_every": renew_every}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("window", "granularity", "n_kv_head", "renew_every"),
+    [(2, "head", 2, 1), (4, "layer", None, 1), (3, "head", None, 2)],
+)
+def test_equals_brute_force(policy, window, granularity, n_kv_head, renew_every):
+    model, seeds = tiny(n_kv_head=n_kv_head), torch.tensor([5, 6, 7])
+    cache, choice = settings(policy, granularity, renew_every)
+    tokens = generate(model, torch.tensor(LABELS), TOKENS, cfg_scale=1.5, cache=cache, seeds=seeds, window=window)
+    noise = uniform_noise(seeds, TOKENS)
+    assert tokens.tolist() == expected(model, choice, granularity, 1.5, noise, window)
+
+
+@pytest.mark.parametrize("window", [1, 5])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_greedy_and_other_windows_equal_brute_force(window, cfg_scale):
+    model = tiny()
+    cache, choice = settings("adsa", "head", budget=20)
+    options = {"cfg_scale": cfg_scale, "sample_logits": False, "window": window}
+    tokens = generate(model, torch.tensor(LABELS), TOKENS, cache=cache, **options)
+    assert tokens.tolist() == expected(model, choice, "head", cfg_scale, None, window)
+
+
+def test_the_window_changes_the_image():
+    model, seeds = tiny(), torch.arange(3)
+    made = [generate(model, torch.tensor(LABELS), TOKENS, seeds=seeds, window=window).tolist() for window in (6, 4, 2)]
+    assert (
+        made[0] != made[1] != made[2] and made[0] == generate(model, torch.tensor(LABELS), TOKENS, seeds=seeds).tolist()
+    )
+
+
+@pytest.mark.parametrize("policy", ["full", "adsa", "h2o"])
+def test_images_go_on_from_their_own_tokens(policy):
+    model, seeds = tiny(), torch.arange(3)
+    cache, _ = settings(policy, "head")
+    options = {"seeds": seeds, "cache": cache, "window": 2, "cfg_scale": 1.5}
+    whole = generate(model, torch.tensor(LABELS), TOKENS, **options)
+    for n in (1, 8, 25):
+        assert torch.equal(generate(model, torch.tensor(LABELS), TOKENS, start=whole[:, :n], **options), whole)
+
+
+@pytest.mark.parametrize("policy", ["full", "adsa", "tova"])
+def test_memory_keeps_within_the_budget(policy):
+    """The places that stand-ins hold are given to the tokens they stand for: no slot more than in raster order."""
+    model = tiny()
+    cache, _ = settings(policy, "head")
+    kv = new_cache(model, 3, TOKENS, cache=cache, window=2)
+    before = kv.nbytes()
+    generate(model, torch.tensor(LABELS), TOKENS, kv=kv, window=2)
+    layer = kv.layers[0]
+    assert kv.nbytes() == before and layer.filled == min(TOKENS - 1, kv.slots)
+    for places in layer.positions.flatten(0, 1).tolist():
+        assert len(set(places)) == layer.filled
+    assert not set(layer.order.replaces.values()) & set(layer.arrivals.flatten().tolist())
+
+
+def test_teacher_forcing_follows_the_schedule():
+    model = tiny()
+    tokens = torch.randint(24, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    raster = token_losses(model, tokens, torch.tensor([1, 2]))
+    assert torch.equal(token_losses(model, tokens, torch.tensor([1, 2]), window=6), raster)
+    ahead = token_losses(model, tokens, torch.tensor([1, 2]), window=2)
+    assert torch.allclose(ahead[:, : 2 * GRID], raster[:, : 2 * GRID])  # two rows go in raster order
+    assert not torch.isclose(ahead[:, 2 * GRID :], raster[:, 2 * GRID :]).any(1).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cache", "window", "message"),
+    [
+        (TOKENS, None, 7, "window must be 1 to 6"),
+        (TOKENS, None, 0, "window must be 1 to 6"),
+        (TOKENS - 1, None, 2, "whole rows, and 35 tokens"),
+        (TOKENS, CacheConfig("adsa", 12, 3, 4, mode="select"), 2, "raster order only"),
+        (TOKENS, CacheConfig("adsa", 10, 3, 7), 2, "budget 10 is too small for tokens that come 4 at a time"),
+    ],
+)
+def test_what_cannot_be_is_told(tokens, cache, window, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny(), torch.tensor(LABELS), tokens, cache=cache, window=window)
+
+
+def test_a_cache_of_another_schedule_is_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="window 2: make it by new_cache"):
+        generate(model, torch.tensor(LABELS), TOKENS, kv=new_cache(model, 3, TOKENS), window=2)
