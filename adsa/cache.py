@@ -20,6 +20,7 @@ from adsa.attention import AttentionRecord
 from adsa.config import CacheConfig
 from adsa.order import Order
 from adsa.similarity import RunningSimilarity
+from adsa.storage import CODECS, Plain, Storage
 
 # Scores become fixed-point numbers with the position in the low bits: one integer order, ties included.
 _FRACTION = 2.0**28
@@ -118,8 +119,9 @@ class LayerCache:
         self.folds = config.fold_condition and condition_tokens > 1
         self.condition_slots = fold_bias(torch.ones(1), wide).shape[-1] if self.folds else condition_tokens
         size = self.condition_slots + self.capacity
-        self._k = torch.zeros(batch, n_kv_head, size, head_dim, dtype=dtype, device=device)
-        self._v = torch.zeros_like(self._k)
+        codec = CODECS.get(config.dtype, Plain())
+        self._k, self._v = (Storage(codec, (batch, n_kv_head, size, head_dim), dtype, device) for _ in "kv")
+        self.dtype, self.device, self.batch = dtype, torch.device(device), batch
         # Added to attention scores: what padding and folding need. None where every score counts as it is.
         self._bias = None
         if self.folds or valid is not None:
@@ -187,25 +189,25 @@ class LayerCache:
     @property
     def k(self) -> Tensor:
         """Keys of the cached image tokens, ``[B, H, N, D]``."""
-        return self._k[:, :, self.condition_slots : self.condition_slots + self.filled]
+        return self._k.read(self.condition_slots, self.condition_slots + self.filled)
 
     @property
     def v(self) -> Tensor:
         """Values of the cached image tokens, ``[B, H, N, D]``."""
-        return self._v[:, :, self.condition_slots : self.condition_slots + self.filled]
+        return self._v.read(self.condition_slots, self.condition_slots + self.filled)
 
     @property
     def arrivals(self) -> Tensor:
         """When the cached image tokens came, counted from 0, int32 ``[B, G, N]``; G = H by head, 1 by layer."""
         if self._arrivals is None:  # nothing is ever evicted
-            slots = torch.arange(self.filled, dtype=torch.int32, device=self._k.device)
-            return slots.expand(self._k.shape[0], self.groups, -1)
+            slots = torch.arange(self.filled, dtype=torch.int32, device=self.device)
+            return slots.expand(self.batch, self.groups, -1)
         return self._arrivals[:, :, : self.filled]
 
     @property
     def positions(self) -> Tensor:
         """Raster positions of the cached image tokens, int32 ``[B, G, N]``."""
-        return self.arrivals if self._places is None else self._places[self.arrivals]
+        return self.arrivals if self._places is None else self._places[self.arrivals.long()]
 
     @property
     def age(self) -> Tensor:
@@ -214,14 +216,14 @@ class LayerCache:
 
     def came(self) -> Tensor:
         """How many tokens of each line there have been before the incoming one, int64 ``[lines]``."""
-        lines, device = -(-self.max_tokens // self.columns), self._k.device
+        lines = -(-self.max_tokens // self.columns)
         if self.order is None:
-            return (self.newest - self.columns * torch.arange(lines, device=device)).clamp(0, self.columns)
+            return (self.newest - self.columns * torch.arange(lines, device=self.device)).clamp(0, self.columns)
         places = sorted(set(self.order.positions[: self.count]))
         lengths = [0] * lines
         for place in places:
             lengths[place // self.columns] += 1
-        return torch.tensor(lengths).to(device)
+        return torch.tensor(lengths).to(self.device)
 
     # The two things a cache does: take tokens in, and attend.
 
@@ -262,20 +264,19 @@ class LayerCache:
             )
         self._has_condition = True
         valid, self._valid = self._valid, None
-        slots = slice(0, self.condition_slots)
         if self.folds:
             wide = torch.promote_types(v.dtype, torch.float32)
             weight = torch.ones(v.shape[0], v.shape[2], device=v.device) if valid is None else valid
             weight = weight.to(wide)
             n = weight.sum(1)
             mean = (v * weight[:, None, :, None]).sum(2, keepdim=True) / n.clamp(min=1).view(-1, 1, 1, 1)
-            self._v[:, :, slots] = mean
-            self._bias[..., slots] = fold_bias(n, self._bias.dtype)[:, None, None]
+            self._v.write(0, mean.expand(-1, -1, self.condition_slots, -1))
+            self._bias[..., : self.condition_slots] = fold_bias(n, self._bias.dtype)[:, None, None]
             return
-        self._k[:, :, slots] = k
-        self._v[:, :, slots] = v
+        self._k.write(0, k)
+        self._v.write(0, v)
         if valid is not None:
-            self._bias[..., slots].masked_fill_(~valid[:, None, None, :], -torch.inf)
+            self._bias[..., : self.condition_tokens].masked_fill_(~valid[:, None, None, :], -torch.inf)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Take in image tokens, one after the other, each evicting another if there is no room.
@@ -297,14 +298,13 @@ class LayerCache:
                 f"condition's {self.condition_tokens}; these are {k.shape[2]}, "
                 f"{'after' if self._has_condition else 'before'} it"
             )
-        k, v = k.to(self._k.dtype), v.to(self._v.dtype)
         self._first_of_step = self.count
         for one_k, one_v in zip(k.split(1, dim=2), v.split(1, dim=2), strict=True):
             self._enter(one_k, one_v)
         if self.selects and self.count > self.budget:
             return self._selection()
         end = self.condition_slots + self.filled
-        return self._k[:, :, :end], self._v[:, :, :end], self._step_bias()
+        return self._k.read(0, end), self._v.read(0, end), self._step_bias()
 
     def _enter(self, k: Tensor, v: Tensor) -> None:
         """One image token. ``[B, H, 1, D]``."""
@@ -330,35 +330,36 @@ class LayerCache:
             return bias
         mine = self._places[self._first_of_step : self.count].unsqueeze(-1)
         later = self.positions.unsqueeze(2) > mine  # [B, G, S, N]: of the rows above, queries see nothing below them
-        dtype = self._k.dtype if bias is None else bias.dtype
+        dtype = self.dtype if bias is None else bias.dtype
         hidden = torch.zeros(*later.shape[:3], end, dtype=dtype, device=later.device)
         hidden[..., self.condition_slots :].masked_fill_(later, -torch.inf)
         return hidden if bias is None else hidden + bias
 
-    def _features(self, k: Tensor, v: Tensor) -> Tensor:
-        return k if self.policy.similarity_of == "k" else v
-
     def _append(self, k: Tensor, v: Tensor) -> None:
-        slot = self.condition_slots + self.filled
-        self._k[:, :, slot : slot + 1] = k
-        self._v[:, :, slot : slot + 1] = v
+        self._k.write(self.condition_slots + self.filled, k)
+        self._v.write(self.condition_slots + self.filled, v)
         if self.order is not None:
             self._arrivals[:, :, self.filled] = self.count
         if self.similarity is not None:
-            self.similarity.append(self.filled, self._features(k, v))
+            store, new = self._featured(k, v)
+            self.similarity.append(self.filled, store.rounded(new))
         self.filled += 1
 
     def _replace(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
         """Write a token over another. ``slot``: int64 ``[B, G, 1]``, counted from the first image slot."""
         self._arrivals.scatter_(2, slot, self.count)
-        index = (slot + self.condition_slots).unsqueeze(-1).expand_as(v)
+        index = slot + self.condition_slots
         if self.similarity is not None:
-            old = self._features(self._k, self._v).gather(2, index)
-            self.similarity.replace(slot, old, self._features(k, v))
+            store, new = self._featured(k, v)
+            self.similarity.replace(slot, store.pick(index), store.rounded(new))
         if self.attention is not None:
             self.attention.replace(slot)
-        self._k.scatter_(2, index, k)
-        self._v.scatter_(2, index, v)
+        self._k.put(index, k)
+        self._v.put(index, v)
+
+    def _featured(self, k: Tensor, v: Tensor) -> tuple[Storage, Tensor]:
+        """What the policy compares: where it is stored, and the new token's."""
+        return (self._k, k) if self.policy.similarity_of == "k" else (self._v, v)
 
     def _victim(self) -> Tensor:
         """The slot to free, ``[B, G, 1]``: the least worthy of the previous tokens (section 4.2).
@@ -387,16 +388,13 @@ class LayerCache:
             score, position = self.policy.score(self)[..., previous], self.positions[..., previous]
             ranks = _ranks(score, (1 << _POSITION_BITS) - 1 - position)
             self._ranking.copy_(ranks.topk(kept).indices + self.prefix)
-        raster = torch.arange(self.condition_slots + count, device=self._k.device)
-        batch, heads, _, dim = self._k.shape
-        raster = raster.expand(batch, self.groups, -1)
+        raster = torch.arange(self.condition_slots + count, device=self.device).expand(self.batch, self.groups, -1)
         first, last = raster[..., : self.condition_slots + self.prefix], raster[..., -self.local :]
         chosen = torch.cat([first, self._ranking + self.condition_slots, last], dim=-1)
         if self.attention is not None:
             self._seen = chosen[..., self.condition_slots :] - self.condition_slots
-        index = chosen.unsqueeze(-1).expand(batch, heads, -1, dim)
-        bias = None if self._bias is None else self._bias[..., : index.shape[2]]  # image slots all have bias 0
-        return self._k.gather(2, index), self._v.gather(2, index), bias
+        bias = None if self._bias is None else self._bias[..., : chosen.shape[2]]  # image slots all have bias 0
+        return self._k.pick(chosen), self._v.pick(chosen), bias
 
     def _watched_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """Attention of the tokens that came in last, whose weights go on record. Shapes as in :meth:`attend`."""
@@ -429,15 +427,24 @@ class LayerCache:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything allocated, by name."""
-        named = {"k": self._k, "v": self._v, "bias": self._bias, "arrivals": self._arrivals, "ranking": self._ranking}
+        named = {"bias": self._bias, "arrivals": self._arrivals, "ranking": self._ranking, "places": self._places}
         for record in (self.similarity, self.attention):
             if record is not None:
                 named |= record.tensors()
+        named |= self.kv_tensors()
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def kv_tensors(self) -> dict[str, Tensor]:
+        """Keys and values as they lie in memory, by name."""
+        stores = (("k", self._k), ("v", self._v))
+        return {f"{name}{i or ''}": part for name, store in stores for i, part in enumerate(store.parts)}
 
     def keep_rows(self, rows: int) -> None:
         """Forget all but the first ``rows`` rows, and free their memory."""
-        for name in ("_k", "_v", "_bias", "_arrivals", "_ranking"):
+        self.batch = rows
+        for store in (self._k, self._v):
+            store.keep_rows(rows)
+        for name in ("_bias", "_arrivals", "_ranking"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor[:rows].clone())
@@ -477,8 +484,9 @@ class KVCache:
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def kv_nbytes(self) -> int:
-        """Bytes of keys and values alone: 2 * layers * B * H * (C + slots in memory) * D * bytes per number."""
-        return sum(layer.tensors()[name].nbytes for layer in self.layers for name in ("k", "v"))
+        """Bytes of keys and values alone: 2 * layers * B * H * (C + slots in memory) * bytes of a vector, which are D *
+        bytes per number, or what :mod:`adsa.storage` says."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.kv_tensors().values())
 
     def keep_rows(self, rows: int) -> None:
         """Forget all but the first ``rows`` rows of the batch, as when guidance ends."""

@@ -7,8 +7,11 @@ from dataclasses import dataclass, fields
 import torch
 
 from adsa.policies import POLICIES, Policy
+from adsa.storage import CODECS
 
+# What the cache's numbers are read as; None: the model's.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES |= dict.fromkeys(CODECS)
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class CacheConfig:
             history stays in memory, and the choice is made anew: a token left out can come back. Each step copies the
             chosen keys and values together).
         renew_every: how many steps one ranking serves; 1 is the paper.
-        dtype: of the cache: "fp32", "fp16", "bf16" or "fp64"; None: the model's.
+        dtype: of the cache: "fp32", "fp16", "bf16" or "fp64"; "int8" or "int4" for integers with scales
+            (:mod:`adsa.storage`), which are read as the model's dtype; None: that.
         fold_condition: hold text tokens, whose keys are zero in LlamaGen, as one slot that is exactly their sum. Only
             valid for models with such keys.
 
@@ -51,8 +55,10 @@ class CacheConfig:
                 raise ValueError(
                     f"cache {name} must be one of {', '.join(choices)}, not {value!r}{_near(value, choices)}"
                 )
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"cache dtype must be one of {', '.join(DTYPES)} or None, not {self.dtype!r}")
+        if self.dtype is not None and not (isinstance(self.dtype, str) and self.dtype in DTYPES):
+            raise ValueError(
+                f"cache dtype must be one of {', '.join(DTYPES)} or None, not {self.dtype!r}{_near(self.dtype, DTYPES)}"
+            )
         for name, low in (("budget", 1), ("prefix", 0), ("local", 1), ("renew_every", 1)):
             value = getattr(self, name)
             if value is None and name != "renew_every":
@@ -113,7 +119,8 @@ class CacheConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        return None if self.dtype is None else DTYPES[self.dtype]
+        """What keys and values are read as; None: the model's."""
+        return DTYPES.get(self.dtype)
 
     def slots(self, max_tokens: int) -> int:
         """How many image tokens one decode of ``max_tokens`` attends to at most."""

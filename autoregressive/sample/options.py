@@ -188,7 +188,9 @@ class CacheOptions:
         choices=("evict", "select"),
     )
     renew_every: int = option(1, "steps that one ranking serves; 1 is the paper", metavar="STEPS")
-    dtype: str | None = option(None, "of keys and values; default: the model's", choices=tuple(DTYPES))
+    dtype: str | None = option(
+        None, "of keys and values; int8 and int4: integers with scales; default: the model's", choices=tuple(DTYPES)
+    )
     fold_condition: bool = option(True, "hold LlamaGen's text tokens as one slot that is exactly their sum")
 
 

@@ -89,7 +89,8 @@ def test_every_step_equals_brute_force(policy, way):
         literal = Attention(queries, H, 8, choice, way[0])
         literal.condition(v[row, :, 0].numpy())
         for t in range(1, 1 + tokens):
-            expected = torch.from_numpy(literal.image(*(x[row, :, t].numpy() for x in (q, k, v))))
+            token = (*(x[row, :, t].numpy() for x in (q, k, v)), t - 1, False)
+            expected = torch.from_numpy(literal.images([token])[0])
             torch.testing.assert_close(out[t][row, :, 0], expected, atol=1e-9, rtol=0, msg=lambda m, t=t: f"{t}: {m}")
 
 

@@ -1,0 +1,119 @@
+"""How keys and values lie in memory: as numbers of the model, or as integers with a scale."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Codec(Protocol):
+    """A way to write vectors ``[..., D]`` as one or more tensors ``[..., n]``, and back."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]: ...
+
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor: ...
+
+
+class Plain:
+    """As they are."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor]:
+        return (x,)
+
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        return parts[0]
+
+
+class Int8:
+    """255 steps from -max to max of each vector, and the size of a step in half precision: D + 2 bytes.
+
+    A number is off by half a step at most, but for the step's own rounding by 2^-11.
+    """
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        step = (x.abs().amax(-1, keepdim=True) / 127).half()
+        return (x * _inverse(step, x.dtype)).round().clamp(-127, 127).to(torch.int8), step
+
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        codes, step = parts
+        return codes.to(dtype) * step.to(dtype)
+
+
+class Int4:
+    """16 steps from the least to the largest of every 32 numbers, or of the most up to 32 that divide D.
+
+    With the least and the size of a step in half precision: D / 2 + D / 8 bytes.
+    """
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.unflatten(-1, (-1, _group(x.shape[-1])))
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        low = low.half()
+        step = ((high - low.to(x.dtype)) / 15).half()
+        codes = ((x - low.to(x.dtype)) * _inverse(step, x.dtype)).round().clamp(0, 15).to(torch.uint8).flatten(-2)
+        return codes[..., ::2] * 16 + codes[..., 1::2], low.squeeze(-1), step.squeeze(-1)
+
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        pairs, low, step = parts
+        codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).flatten(-2)
+        codes = codes.unflatten(-1, (low.shape[-1], -1)).to(dtype)
+        return (codes * step.unsqueeze(-1).to(dtype) + low.unsqueeze(-1).to(dtype)).flatten(-2)
+
+
+def _inverse(step: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / step, and 0 where there is no step."""
+    step = step.to(dtype)
+    return torch.where(step > 0, step.reciprocal(), 0.0)
+
+
+def _group(dim: int) -> int:
+    return max(size for size in range(1, 33) if dim % size == 0)
+
+
+CODECS: dict[str, Codec] = {"int8": Int8(), "int4": Int4()}
+
+
+class Storage:
+    """The keys, or the values, of one layer: ``[B, H, N, D]`` in slots.
+
+    Args:
+        codec: how they are written.
+        shape: B, H, N, D.
+        dtype: of what goes in and comes out.
+        device: where.
+    """
+
+    def __init__(self, codec: Codec, shape: tuple[int, int, int, int], dtype: torch.dtype, device):
+        self.codec, self.dtype = codec, dtype
+        batch, heads, slots, dim = shape
+        like = codec.encode(torch.zeros(1, dim, dtype=dtype, device=device))
+        self.parts = [part.new_zeros(batch, heads, slots, part.shape[-1]) for part in like]
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """What comes back of vectors that are written, ``[..., D]``."""
+        x = x.to(self.dtype)
+        return self.codec.decode(self.codec.encode(x), self.dtype)
+
+    def write(self, slot: int, x: Tensor) -> None:
+        """Into slots from this one on. ``x``: ``[B, H, S, D]``."""
+        for part, new in zip(self.parts, self.codec.encode(x.to(self.dtype)), strict=True):
+            part[:, :, slot : slot + x.shape[2]] = new
+
+    def put(self, slot: Tensor, x: Tensor) -> None:
+        """Into one slot of each row and head. ``slot``: int64 ``[B, 1 or H, 1]``; ``x``: ``[B, H, 1, D]``."""
+        for part, new in zip(self.parts, self.codec.encode(x.to(self.dtype)), strict=True):
+            part.scatter_(2, slot.unsqueeze(-1).expand_as(new), new)
+
+    def read(self, first: int, end: int) -> Tensor:
+        """The slots from ``first`` to before ``end``, ``[B, H, end - first, D]``; a view, where that is possible."""
+        return self.codec.decode(tuple(part[:, :, first:end] for part in self.parts), self.dtype)
+
+    def pick(self, slots: Tensor) -> Tensor:
+        """Those that each row and head names. ``slots``: int64 ``[B, 1 or H, M]`` -> ``[B, H, M, D]``."""
+        index, heads = slots.unsqueeze(-1), self.parts[0].shape[1]
+        picked = [part.gather(2, index.expand(-1, heads, -1, part.shape[-1])) for part in self.parts]
+        return self.codec.decode(tuple(picked), self.dtype)
+
+    def keep_rows(self, rows: int) -> None:
+        """Forget all but the first ``rows`` rows."""
+        self.parts = [part[:rows].clone() for part in self.parts]

@@ -1,0 +1,105 @@
+"""Keys and values as integers: how far off they may be, and that a cache of them is that of what they stand for."""
+
+import pytest
+import torch
+
+from adsa import CacheConfig
+from adsa.policies import POLICIES
+from adsa.storage import CODECS, Storage
+
+from .test_cache import WAYS, B, D, H, config, layer, run, stream
+
+
+def vectors(dim, dtype=torch.float64):
+    """Of all sizes, some in one place far out, some constant, some zero."""
+    x = torch.randn(4, 3, 20, dim, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x = x * torch.logspace(-6, 3, 20, dtype=torch.float64)[:, None]
+    x[0, 0, :, 0] *= 50
+    x[1, 0], x[1, 1] = 0.3, 0
+    return x.to(dtype)
+
+
+def store(name, x):
+    storage = Storage(CODECS[name], x.shape, x.dtype, "cpu")
+    storage.write(0, x)
+    return storage
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [8, 64, 100])
+def test_int8_is_off_by_half_a_step(dim, dtype):
+    x = vectors(dim, dtype)
+    back = store("int8", x).read(0, 20).double()
+    most = x.double().abs().amax(-1, keepdim=True)
+    rounding = torch.finfo(dtype).eps  # of the product itself, on top of the step's own 2^-11
+    bound = most / 254 + most * (2.0**-10 + rounding) + 127 * 2.0**-25  # the last: of steps too small for fp16
+    assert ((back - x.double()).abs() <= bound).all()
+    assert (back[1, 1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "group"), [(8, 8), (64, 32), (100, 25), (256, 32)])
+def test_int4_is_off_by_half_a_step_of_its_group(dim, group, dtype):
+    x = vectors(dim, dtype)
+    back = store("int4", x).read(0, 20).double().unflatten(-1, (-1, group))
+    groups = x.double().unflatten(-1, (-1, group))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    largest = groups.abs().amax(-1, keepdim=True)
+    rounding = torch.finfo(dtype).eps
+    bound = (high - low) / 30 + largest * (2.0**-9 + 3 * rounding) + 16 * 2.0**-24
+    assert ((back - groups).abs() <= bound).all()
+
+
+def test_int4_groups_do_not_share_a_far_out_number():
+    x = torch.randn(1, 1, 1, 64, generator=torch.Generator().manual_seed(0))
+    x[..., 40] = 1000
+    back = store("int4", x).read(0, 1)
+    assert (back - x)[..., :32].abs().max() < 0.2 < (back - x)[..., 32:].abs().max()
+
+
+@pytest.mark.parametrize(("name", "per_vector"), [("int8", 64 + 2), ("int4", 32 + 4 * 2)])
+def test_bytes(name, per_vector):
+    x = vectors(64, torch.bfloat16)
+    assert sum(part.nbytes for part in store(name, x).parts) == x[..., 0].numel() * per_vector
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_slots_are_written_and_read_one_by_one(name):
+    x = vectors(8)
+    storage = store(name, x)
+    whole = storage.read(0, 20).clone()
+    assert torch.equal(storage.rounded(x), whole)
+    slots = torch.tensor([[[3], [7], [19]]]).expand(4, -1, -1)
+    storage.put(slots, x[:, :, 5:6])
+    assert torch.equal(storage.pick(slots), storage.rounded(x[:, :, 5:6]))
+    for head, slot in enumerate((3, 7, 19)):
+        whole[:, head, slot] = storage.rounded(x[:, head, 5])
+    assert torch.equal(storage.read(0, 20), whole)
+    storage.keep_rows(2)
+    assert torch.equal(storage.read(4, 9), whole[:2, :, 4:9])
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("way", [("full",), *WAYS], ids=str)
+def test_a_cache_of_integers_is_the_cache_of_what_they_stand_for(way, name):
+    q, k, v = stream()
+    rounded = [Storage(CODECS[name], x.shape, x.dtype, "cpu").rounded(x) for x in (k, v)]
+    plain, integers = (
+        CacheConfig("full", dtype=dtype) if way == ("full",) else config(*way, dtype=dtype) for dtype in (None, name)
+    )
+    expected = run(layer(plain), q, *rounded)
+    torch.testing.assert_close(run(layer(integers), q, k, v), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_memory_of_a_cache(policy, name):
+    """That of the formula, from the first step to the last; no host read."""
+    cfg = CacheConfig("full", dtype=name) if policy == "full" else config(policy, dtype=name)
+    cache = layer(cfg, dtype=torch.float32, device="meta")
+    parts = {"int8": D + 2, "int4": D // 2 + 4}[name]
+    expected = 2 * B * H * (1 + cache.capacity) * parts
+    assert sum(part.nbytes for part in cache.kv_tensors().values()) == expected
+    before = {key: tensor.shape for key, tensor in cache.tensors().items()}
+    run(cache, *(x.to("meta", torch.float32) for x in stream()))
+    assert {key: tensor.shape for key, tensor in cache.tensors().items()} == before
