@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from adsa import CacheConfig  # noqa: E402
 from autoregressive.models.checkpoint import load_model  # noqa: E402
 from autoregressive.models.generate import logits_of, new_cache  # noqa: E402
 from autoregressive.models.gpt import Transformer  # noqa: E402
+from autoregressive.models.sampling import guide  # noqa: E402
 from autoregressive.models.schedule import Schedule  # noqa: E402
 from autoregressive.sample.job import device_name, guarded, start_processes, versions  # noqa: E402
 from autoregressive.sample.options import OptionError, Options, parse_options, shown  # noqa: E402
@@ -57,27 +59,59 @@ def token_losses(
     emb_masks: Tensor | None = None,
     cache: CacheConfig | None = None,
     window: int | None = None,
+    cfg_scale: float = 1.0,
 ) -> Tensor:
     """The model's loss on each token of images that are given to it token by token, through a KV cache.
 
     Args:
         model: in eval mode.
         tokens: int64 ``[B, N]``, of real images.
-        cond, emb_masks: as :func:`~autoregressive.models.generate.generate` takes them. There is no guidance.
+        cond, emb_masks: as :func:`~autoregressive.models.generate.generate` takes them.
         cache: what to keep; None: everything.
         window: of a ZipAR schedule; None: raster order.
+        cfg_scale: guidance: the loss is that of the guided logits. At 1 there is none.
 
     Returns:
         float32 ``[B, N]``, nats.
     """
     batch, count = tokens.shape
-    kv = new_cache(model, batch, count, emb_masks, cache=cache, window=window)
+    kv = new_cache(model, batch, count, emb_masks, cfg_scale, cache, window)
     schedule = Schedule(count, model.config.grid_size, window)
+    guided = cfg_scale > 1.0
+    if guided:
+        cond = torch.cat([cond, model.null_condition(cond)])
     losses = torch.empty(batch, count, device=tokens.device)
     for logits, positions in logits_of(model, cond, kv, schedule, tokens):
+        logits = guide(logits, cfg_scale) if guided else logits
         for index, position in enumerate(positions):
             losses[:, position] = F.cross_entropy(logits[:, index], tokens[:, position], reduction="none")
     return losses
+
+
+def open_data(options: Options, blueprint: Blueprint, codes: Path, text: Path | None) -> CodeDataset:
+    """Images as codes, checked to be what the model predicts.
+
+    Args:
+        options: which model.
+        codes: folder made by extract_codes_c2i.py.
+        text: their captions, by extract_text_features.py; None: classes.
+
+    Raises:
+        OptionError: they are not there, or of another kind.
+    """
+    try:
+        if text is None:
+            data: CodeDataset = ClassDataset(codes, 0, options.model.num_classes)
+        else:
+            data = CaptionDataset(codes, text, 0, options.model.cls_token_num)
+    except TrainingError as error:
+        raise OptionError(str(error)) from error
+    if data.tokens != blueprint.tokens:
+        raise OptionError(f"{codes}: images of {data.tokens} tokens; the model's have {blueprint.tokens}")
+    size, known = data.meta["codebook_size"], blueprint.gpt.config.vocab_size
+    if size > known:
+        raise OptionError(f"{codes}: codes of a tokenizer that has {size}; the model knows {known}")
+    return data
 
 
 def parse_cache(text: str) -> CacheConfig:
@@ -115,56 +149,74 @@ class Compass:
     """Measures caches on some images, and keeps what it found: one JSON file for each cache.
 
     Args:
-        model, data: of one kind.
+        blueprint: which model.
+        data: of its kind, from :func:`open_data`.
         folder: where the files are.
+        device: where the model goes, once there is something to measure.
         images: how many images, spread evenly over the data.
-        batch_size: images at a time.
-        identity: what tells this model and these images from others.
+        batch: images at a time.
 
     Raises:
         OptionError: the folder's files can't be read, or are of another model or other images.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        data: CodeDataset,
-        folder: Path,
-        *,
-        images: int,
-        batch_size: int,
-        identity: dict[str, Any],
+        self, blueprint: Blueprint, data: CodeDataset, folder: Path, device: torch.device, *, images: int, batch: int
     ):
-        self.model, self.data, self.folder, self.batch_size = model, data, folder, batch_size
+        self.blueprint, self.data, self.folder, self.device, self.batch = blueprint, data, folder, device, batch
         self.indices = np.linspace(0, len(data) - 1, min(images, len(data))).astype(int).tolist()
-        self.identity = json.loads(json.dumps(identity | {"images": len(self.indices)}))
+        identity = {
+            "model": blueprint.fingerprints()["model.gpt_ckpt"],
+            "precision": blueprint.options.precision,
+            **data.identity,
+            "images": len(self.indices),
+        }
+        self.identity = json.loads(json.dumps(identity))
         folder.mkdir(parents=True, exist_ok=True)
 
-    def measure(self, cache: CacheConfig) -> dict[str, Any]:
-        """What is known of a cache: "losses", nats a token for each image, and the settings; measured if need be."""
-        path = self.folder / f"{cache_name(cache).replace(':', '-').replace(',', '-')}.json"
+    @cached_property
+    def model(self) -> Transformer:
+        options = self.blueprint.options
+        dtype = PRECISIONS[options.precision]
+        return load_model(self.blueprint.gpt, options.gpt_ckpt, device=self.device, dtype=dtype)
+
+    def measure(self, cache: CacheConfig, window: int | None = None, cfg_scale: float = 1.0) -> dict[str, Any]:
+        """What is known of a cache: "losses", nats a token for each image, and the settings; measured if need be.
+
+        Args:
+            cache, window, cfg_scale: as :func:`token_losses` takes them.
+        """
+        name = cache_name(cache).replace(":", "-").replace(",", "-")
+        name += f"-zipar{window}" * (window is not None) + f"-cfg{cfg_scale}" * (cfg_scale > 1)
+        path = self.folder / f"{name}.json"
         prefix, local = cache.split
-        settings = {"cache": asdict(cache) | {"prefix": prefix, "local": local}, "identity": self.identity}
+        settings = {
+            "cache": asdict(cache) | {"prefix": prefix, "local": local},
+            "window": window,
+            "cfg_scale": cfg_scale,
+            "identity": self.identity,
+        }
         if path.exists():
             try:
                 found = json.loads(path.read_text())
-                there = {key: found[key] for key in (*settings, "losses", "seconds")}
+                there = {key: found[key] for key in settings}
+                measured = [float(loss) for loss in found["losses"]], float(found["seconds"])
             except (ValueError, KeyError, TypeError) as error:
                 raise OptionError(f"{path}: no readable result ({error!r}); delete it to measure again") from error
-            if there | settings != there:
+            if there != settings or len(measured[0]) != len(self.indices):
                 raise OptionError(
                     f"{path}: of another model, other images, another number of them or another default split; give "
                     f"another --output, or delete it"
                 )
             return found
         start, losses = time.perf_counter(), []
-        device = self.model.tok_embeddings.weight.device
-        for first in tqdm(range(0, len(self.indices), self.batch_size), desc=cache_name(cache), unit=" batches"):
-            items = [self.data.item(index) for index in self.indices[first : first + self.batch_size]]
-            tokens, cond, *masks = (part.to(device) for part in default_collate(items))
+        for first in tqdm(range(0, len(self.indices), self.batch), desc=name, unit=" batches"):
+            items = [self.data.item(index) for index in self.indices[first : first + self.batch]]
+            tokens, cond, *masks = (part.to(self.device) for part in default_collate(items))
             if cond.is_floating_point():
                 cond = cond.to(self.model.tok_embeddings.weight.dtype)
-            losses += token_losses(self.model, tokens, cond, *masks, cache=cache).mean(1).tolist()
+            made = token_losses(self.model, tokens, cond, *masks, cache=cache, window=window, cfg_scale=cfg_scale)
+            losses += made.mean(1).tolist()
         found = settings | {"losses": losses, "seconds": round(time.perf_counter() - start, 3)}
         write_json(path, found)
         return found
@@ -213,25 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     defaults = Options() if args.text_path is None else Options.text_to_image()
     options = parse_options(defaults, ["--config", args.config], script="job", description="", examples="")
     blueprint = Blueprint(options.model, state.device)
-    try:
-        if args.text_path is None:
-            data = ClassDataset(args.code_path, 0, options.model.num_classes)
-        else:
-            data = CaptionDataset(args.code_path, args.text_path, 0, options.model.cls_token_num)
-    except TrainingError as error:
-        raise OptionError(str(error)) from error
-    if data.tokens != blueprint.tokens:
-        raise OptionError(f"{args.code_path}: images of {data.tokens} tokens; the model's have {blueprint.tokens}")
-    codes, known = data.meta["codebook_size"], blueprint.gpt.config.vocab_size
-    if codes > known:
-        raise OptionError(f"{args.code_path}: codes of a tokenizer that has {codes}; the model knows {known}")
-    dtype = PRECISIONS[options.model.precision]
-    model = load_model(blueprint.gpt, options.model.gpt_ckpt, device=state.device, dtype=dtype)
-    identity = {"model": blueprint.fingerprints()["model.gpt_ckpt"], "precision": options.model.precision}
-    identity |= data.identity
-    compass = Compass(
-        model, data, args.output / "cells", images=args.images, batch_size=args.batch_size, identity=identity
-    )
+    data = open_data(options, blueprint, args.code_path, args.text_path)
+    compass = Compass(blueprint, data, args.output / "cells", state.device, images=args.images, batch=args.batch_size)
     results = {cache_name(cache): compass.measure(cache) for cache in caches}
 
     command = " ".join(["python evaluations/perplexity.py", *(sys.argv[1:] if argv is None else argv)])

@@ -31,6 +31,7 @@ class Task:
         seeds: a run of each cache for each.
         sample_dir: where the run folders are.
         flags: more flags for the sampling script.
+        codes: real images, as extract_codes_c2i.py makes them of images: what the loss is measured on.
     """
 
     config: Path
@@ -39,6 +40,7 @@ class Task:
     seeds: tuple[int, ...]
     sample_dir: Path
     flags: tuple[str, ...] = ()
+    codes: Path | None = None
 
     @property
     def cpu(self) -> bool:
@@ -104,6 +106,7 @@ class TextTask(Task):
     Attributes:
         prompts: a file of them, as sample_t2i_ddp.py reads it.
         clip_model, clip_pretrained, clip_prefix: clip_score.py's --clip-model, --pretrained and --prefix.
+        code_captions: of the images that `codes` holds, as extract_text_features.py makes them.
     """
 
     script: ClassVar[str] = "sample_t2i_ddp"
@@ -112,6 +115,12 @@ class TextTask(Task):
     clip_model: str
     clip_pretrained: str | None = None
     clip_prefix: str = "A photo depicts"
+    code_captions: Path | None = None
+
+    def check(self) -> None:
+        super().check()
+        if (self.codes is None) != (self.code_captions is None):
+            raise OptionError("keys 'codes' and 'code_captions' go together")
 
 
 @dataclass(frozen=True, kw_only=True)
