@@ -27,6 +27,7 @@ from evaluations.flags import positive  # noqa: E402
 from evaluations.metrics import frechet_distance, moments  # noqa: E402
 from evaluations.paired import Difference, KernelSums, kernel_sums, kid_difference, paired_t  # noqa: E402
 from evaluations.paper.likeness import cosine  # noqa: E402
+from evaluations.paper.loss import Setting, Sweep, compass_of  # noqa: E402
 from evaluations.paper.protocol import (  # noqa: E402
     ClassTask,
     Protocol,
@@ -51,12 +52,13 @@ from tokenizer.files import write_json  # noqa: E402
 DESCRIPTION = """\
 Sample the same seeds and conditions with every policy at every budget, and compare: with the data (KID and FID by
 class, CLIP score by text), and with the dense images of the same noise (cosine of features, image by image; FID; tokens
-that are the same).
+that are the same). Beside it, where the protocol names codes of real images: how much worse the model predicts these.
 
 Each cache and seed is a cell: cells/*.json in the output folder, from which table.md, table.json and curves.png are
 made. A cell that is there is not made again, and needs no images any more. Cells of other policies, budgets and seeds
 than the flags name stay, and are left out."""
 BUDGETS = {"c2i": [384, 256, 192, 128, 96, 64], "t2i": [768, 512, 256, 170]}
+LOSS_IMAGES = 64  # real ones, that are predicted
 DIGITS = 6  # of numbers by image
 # What judges images by class, and by text: key, its title, what it is multiplied by, digits. The first is tested.
 JUDGES = {
@@ -172,6 +174,11 @@ def resolved(policy: str, budget: int, common: bool) -> dict[str, Any]:
     return {"policy": policy, "budget": budget, "prefix": prefix, "local": local}
 
 
+def setting_of(cache: Mapping[str, Any]) -> Setting:
+    """What the loss is measured with."""
+    return Setting(CacheConfig(**cache))
+
+
 def cell_name(cache: Mapping[str, Any] | None) -> str:
     """'adsa-256-32-128': policy, budget, prefix, local."""
     return "dense" if cache is None else "-".join(map(str, cache.values()))
@@ -218,11 +225,11 @@ class Row:
         }
 
 
-def table(rows: Sequence[Row], dense: Sequence[Cell], kind: str) -> str:
+def table(rows: Sequence[Row], dense: Sequence[Cell], kind: str, sweep: Sweep | None) -> str:
     """Markdown: a table for each budget, the most like the dense images first."""
     (_, tested, scale, digits), (_, other, _, _) = JUDGES[kind]
     columns = ["policy", "n + K + m", tested, f"{tested}, less dense", other, "likeness to dense", "FID to dense"]
-    columns += ["tokens as dense", "cache MiB per image", "images/s"]
+    columns += ["tokens as dense", *["loss x 1000, less dense"] * bool(sweep), "cache MiB per image", "images/s"]
     first, second = _judged(dense, kind)
     parts = [f"Dense: {tested} {first}, {other} {second}."]
     for budget in sorted({row.cache["budget"] for row in rows}, reverse=True):
@@ -244,6 +251,7 @@ def table(rows: Sequence[Row], dense: Sequence[Cell], kind: str) -> str:
                     interval_told(mean, interval),
                     spread([cell.against_dense["fid"] for cell in row.cells], 2),
                     f"{100 * row.means['same_tokens'][0]:.1f} %",
+                    *([sweep.told(setting_of(row.cache))] if sweep else []),
                     f"{cost['cache_bytes'] / cost['images_per_batch'] / 2**20:.2f}" if cost["cache_bytes"] else NONE,
                     spread(rates, 2),
                 ]
@@ -358,19 +366,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         cells[cell_name(cache), seed] = experiment.cell(cache, seed)
     dense = [cells["dense", seed] for seed in seeds]
     rows = [Row([cells[cell_name(cache), seed] for seed in seeds], dense) for cache in caches]
+    sweep = None
+    if task.codes is not None:
+        compass = compass_of(task, folder / "loss", images=LOSS_IMAGES, batch=LOSS_IMAGES)
+        sweep = Sweep(compass, [setting_of(cache) for cache in caches])
     draw(rows, args.task, folder / "curves.png")
     text = [
         f"Model {protocol.name}, {images} images of each cache and seed, seeds {', '.join(map(str, seeds))}. Likeness: "
         f"cosine of the features of {protocol.c2i.feature_extractor} with those of the dense image of the same noise. "
-        "Intervals are 95 %, over images. Less dense: paired by image.",
+        "Intervals are 95 %, over images. Less dense: paired by image. Loss: in nats a token, on real images "
+        "that are given token by token, mean +- standard error.",
         "![curves](curves.png)",
-        table(rows, dense, args.task),
+        table(rows, dense, args.task, sweep),
     ]
     numbers: dict[str, Any] = {
         "seeds": seeds,
         "images": images,
         "split": args.split,
-        "rows": [row.numbers() for row in rows],
+        "rows": [row.numbers() | ({"loss": sweep.more(setting_of(row.cache))} if sweep else {}) for row in rows],
     }
     if isinstance(task, ClassTask):
         numbers["failures"] = failures(rows, class_names(task))

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,21 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from adsa import CacheConfig  # noqa: E402
 from adsa.policies import POLICIES  # noqa: E402
 from autoregressive.models.generate import new_cache  # noqa: E402
 from autoregressive.models.schedule import Schedule  # noqa: E402
-from autoregressive.sample.job import guarded, start_processes  # noqa: E402
-from autoregressive.sample.options import OptionError, shown  # noqa: E402
+from autoregressive.sample.job import guarded  # noqa: E402
+from autoregressive.sample.options import shown  # noqa: E402
 from autoregressive.sample.sampler import Blueprint  # noqa: E402
 from evaluations import markdown  # noqa: E402
 from evaluations.flags import positive  # noqa: E402
+from evaluations.paper.loss import Setting, Sweep, compass_of  # noqa: E402
 from evaluations.paper.protocol import add_model_flag, load_protocol, output_folder  # noqa: E402
 from evaluations.paper.report import plt, save_plot, write_report  # noqa: E402
 from evaluations.paper.variants import known  # noqa: E402
-from evaluations.perplexity import Compass, cache_name, open_data  # noqa: E402
+from evaluations.perplexity import cache_name  # noqa: E402
 
 DESCRIPTION = """\
 Give the model real images token by token through a cache, and measure how much worse it predicts them than with the
@@ -38,15 +38,6 @@ RENEWALS = (4, 8, 24, 48)
 BUDGETS = {"c2i": [384, 256, 192, 128, 96, 64], "t2i": [768, 512, 256, 170]}
 DETAIL = {"c2i": [256, 96], "t2i": [512, 170]}
 COMMON = (4, 32)  # the split of "common": no policy's own, and good for most
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured: a cache, and how it is decoded."""
-
-    cache: CacheConfig
-    window: int | None = None
-    cfg_scale: float = 1.0
 
 
 def policies(budgets: Sequence[int], split: tuple[int, int] | None) -> dict[tuple[str, int], Setting]:
@@ -108,33 +99,6 @@ def windows(columns: int, budgets: Sequence[int]) -> dict[tuple[int, int | None]
             cache = CacheConfig("full") if budget is None else CacheConfig("adsa", budget)
             made[window, budget] = Setting(cache, window=None if window == columns else window)
     return made
-
-
-class Sweep:
-    """Settings, measured once each, less dense.
-
-    Args:
-        compass: measures.
-        settings: all that will be asked for.
-    """
-
-    def __init__(self, compass: Compass, settings: Sequence[Setting]):
-        self.compass = compass
-        wanted = dict.fromkeys([Setting(CacheConfig("full")), *settings])
-        self.losses = {
-            setting: np.array(compass.measure(setting.cache, setting.window, setting.cfg_scale)["losses"])
-            for setting in tqdm(wanted, unit=" caches")
-        }
-
-    def more(self, setting: Setting, than: Setting | None = None) -> tuple[float, float]:
-        """Mean and standard error over images of the loss less another's; None: the dense cache's."""
-        difference = self.losses[setting] - self.losses[than or Setting(CacheConfig("full"))]
-        return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
-
-    def told(self, setting: Setting, than: Setting | None = None) -> str:
-        """In thousandths of a nat."""
-        mean, error = self.more(setting, than)
-        return f"{1000 * mean:+.1f} +- {1000 * error:.1f}"
 
 
 def policies_told(sweep: Sweep, found: dict[tuple[str, int], Setting]) -> str:
@@ -201,24 +165,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol = load_protocol(args.model)
     task = getattr(protocol, args.task)
     name = "sweeps" if args.task == "c2i" else "sweeps_t2i"
-    if task.codes is None:
-        raise OptionError(
-            f"{protocol.path}: section '{args.task}' has no key 'codes': the folder of images that the loss is "
-            f"measured on, made by extract_codes_c2i.py"
-        )
-    options = task.options()
-    device = start_processes(task.cpu).device
-    blueprint = Blueprint(options.model, device)
     folder = output_folder(args, name, protocol)
-    data = open_data(options, blueprint, task.codes, task.code_captions if args.task == "t2i" else None)
-    compass = Compass(blueprint, data, folder / "cells", device, images=args.images, batch=args.batch_size)
+    compass = compass_of(task, folder / "cells", images=args.images, batch=args.batch_size)
+    blueprint = compass.blueprint
 
     budgets = sorted(set(args.budgets or BUDGETS[args.task]), reverse=True)
     detail = sorted(set(args.detail or DETAIL[args.task]), reverse=True)
     own, common = policies(budgets, None), policies(budgets, COMMON)
     of_splits = {budget: splits(budget) for budget in detail}
     with known():
-        of_choices = {budget: choices(budget, options.sampling.cfg_scale) for budget in detail}
+        of_choices = {budget: choices(budget, task.options().sampling.cfg_scale) for budget in detail}
     bits, ahead = numbers_of_bits(budgets), windows(blueprint.grid, detail)
     wanted = [setting for found in (own, common, *of_splits.values(), bits, ahead) for setting in found.values()]
     wanted += [setting for found in of_choices.values() for pair in found.values() for setting in pair]

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,17 @@ from PIL import Image
 from evaluations.paper import runs
 from tests.autoregressive.sample.conftest import CLASSES, tiny  # noqa: F401
 from tests.evaluations.conftest import pictures
+
+
+@pytest.fixture
+def codes(tmp_path):
+    """A folder of five images' codes beside the protocol, and its name there."""
+    folder = tmp_path / "codes"
+    folder.mkdir()
+    np.save(folder / "codes.npy", np.random.default_rng(0).integers(0, 64, (5, 1, 36)).astype(np.uint16))
+    np.save(folder / "labels.npy", np.arange(5))
+    (folder / "meta.json").write_text(json.dumps({"classes": CLASSES, "codebook_size": 64}))
+    return "codes"
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from evaluations.paper import headtohead
 POLICIES = ["--policies", "adsa", "streaming", "random"]
 
 
-def test_by_class(protocol_file, launched, tmp_path, capsys):
-    path, out = protocol_file(), tmp_path / "out"
+def test_by_class(protocol_file, codes, launched, tmp_path, capsys):
+    path, out = protocol_file(c2i={"codes": codes}), tmp_path / "out"
     flags = ["--model", str(path), "--output", str(out), *POLICIES, "--budgets", "9", "36"]
     headtohead.main(flags)
     cells = sorted(file.name for file in (out / "cells").iterdir())
@@ -25,12 +25,19 @@ def test_by_class(protocol_file, launched, tmp_path, capsys):
         assert whole["likeness"] == whole["same_tokens"] == pytest.approx([1, 1, 1])
         assert whole["less_dense"]["mean"] == 0 and whole["less_dense"]["p"] == 1
         assert np.abs(whole["fid_against_dense"]).max() < 1e-6
+        assert whole["loss"] == [0, 0]
     small = rows["adsa", 9]
     assert small["same_tokens"][0] < 1 and small["less_dense"]["count"] == 12
     # The first nine tokens are the dense ones.
     assert small["same_tokens"][0] >= 9 / 36
+    assert small["loss"][0] != 0 < small["loss"][1]
     text = (out / "table.md").read_text()
-    assert "### 9 of 36 tokens" in text and "| adsa | 1 + 4 + 4 |" in text and "### What breaks first" in text
+    assert (
+        "loss x 1000" in text
+        and "### 9 of 36 tokens" in text
+        and "| adsa | 1 + 4 + 4 |" in text
+        and "### What breaks first" in text
+    )
     kinds = {one["class"] for one in record["failures"]["adsa"]["classes"]}
     assert sum(one["images"] for one in record["failures"]["adsa"]["classes"]) == 12 and len(kinds) > 1
     assert record["failures"]["adsa"]["budget"] == 9

@@ -9,18 +9,7 @@ from adsa.policies import POLICIES
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.sample.options import OptionError
 from evaluations.paper import sweeps, variants
-from tests.autoregressive.sample.conftest import CLASSES
 from tests.golden import fill_weights
-
-
-@pytest.fixture
-def codes(tmp_path):
-    folder = tmp_path / "codes"
-    folder.mkdir()
-    np.save(folder / "codes.npy", np.random.default_rng(0).integers(0, 64, (5, 1, 36)).astype(np.uint16))
-    np.save(folder / "labels.npy", np.arange(5))
-    (folder / "meta.json").write_text(json.dumps({"classes": CLASSES, "codebook_size": 64}))
-    return "codes"
 
 
 def test_every_choice_is_measured(protocol_file, codes, tmp_path, monkeypatch):
