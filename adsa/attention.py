@@ -1,7 +1,11 @@
 """How much attention each cached token has had, for the policies that rank by it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from adsa.storage import ALL
 
 
 class AttentionRecord:
@@ -21,16 +25,17 @@ class AttentionRecord:
         self.window = window
         self.weights = torch.zeros(batch, groups, max(1, window), slots, dtype=dtype, device=device)
 
-    def add(self, query: int, weights: Tensor, slots: Tensor | None = None) -> None:
+    def add(self, query: int, weights: Tensor, slots: Tensor | None = None, rows: slice = ALL) -> None:
         """The weights of one query.
 
         Args:
             query: its number; of a window, the oldest query's row is overwritten.
             weights: ``[B, G, M]``.
             slots: int64 ``[B, G, M]``, where they belong; None: slots 0 .. M - 1, and all others are empty.
+            rows: those of this query.
         """
         index = query % self.window if self.window else 0
-        row = self.weights[:, :, index : index + 1].squeeze(2)  # an index proper would be compiled anew for each
+        row = self.weights[rows, :, index : index + 1].squeeze(2)  # an index proper would be compiled anew for each
         if slots is None:
             row = row[..., : weights.shape[-1]]
             row.copy_(weights) if self.window else row.add_(weights)
@@ -39,8 +44,8 @@ class AttentionRecord:
         else:
             row.scatter_add_(2, slots, weights)
 
-    def replace(self, slot: Tensor) -> None:
-        """A token takes another's place, and has had no attention yet. ``slot``: int64 ``[B, G, 1]``."""
+    def forget(self, slot: Tensor) -> None:
+        """Another token comes here, and has had no attention yet. ``slot``: int64 ``[B, G, 1]``."""
         self.weights.scatter_(3, slot.unsqueeze(2).expand(-1, -1, self.weights.shape[2], -1), 0.0)
 
     def mass(self, count: int) -> Tensor:
@@ -50,6 +55,6 @@ class AttentionRecord:
     def tensors(self) -> dict[str, Tensor]:
         return {"attention": self.weights}
 
-    def keep_rows(self, rows: int) -> None:
-        """Forget all but the first ``rows`` rows."""
-        self.weights = self.weights[:rows].clone()
+    def keep(self, kept: Callable[[Tensor], Tensor]) -> None:
+        """Put what this function makes of each tensor in its place: fewer rows."""
+        self.weights = kept(self.weights)

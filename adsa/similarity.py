@@ -8,6 +8,8 @@ the same numbers in one pass over the features: with unit vectors u_j and their 
 where U is kept up to date as tokens enter and leave.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -57,24 +59,24 @@ class RunningSimilarity:
             square = square.sum(1, keepdim=True)
         return torch.where(square > 0, square.rsqrt(), square)
 
-    def append(self, slot: int, v: Tensor) -> None:
-        """A token enters an empty slot. ``v``: ``[B, H, 1, D]``."""
+    def add(self, slot: int | Tensor, v: Tensor) -> None:
+        """A token enters. ``slot``: int64 ``[B, G, 1]``, or one for all; ``v``: ``[B, H, 1, D]``."""
         inverse = self._inverse_norm(v)
-        self.inverse_norm[:, :, slot : slot + 1] = inverse
+        if isinstance(slot, int):
+            self.inverse_norm[:, :, slot : slot + 1] = inverse
+        else:
+            self.inverse_norm.scatter_(2, slot, inverse)
         self.total += (v * inverse.unsqueeze(-1)).squeeze(2)
 
-    def replace(self, slot: Tensor, old: Tensor, new: Tensor) -> None:
-        """A token takes another's place. ``slot``: int ``[B, G, 1]``; ``old``, ``new``: ``[B, H, 1, D]``."""
-        inverse = self._inverse_norm(new)
-        gone = self.inverse_norm.gather(2, slot)
-        self.total += (new * inverse.unsqueeze(-1) - old * gone.unsqueeze(-1)).squeeze(2)
-        self.inverse_norm.scatter_(2, slot, inverse)
+    def remove(self, slot: Tensor, v: Tensor) -> None:
+        """A token leaves. ``slot``: int64 ``[B, G, 1]``; ``v``: ``[B, H, 1, D]``, as it was added."""
+        self.total -= (v * self.inverse_norm.gather(2, slot).unsqueeze(-1)).squeeze(2)
 
     def score(self, v: Tensor) -> Tensor:
         """s_i (Eq. 3) of the first N tokens.
 
         Args:
-            v: ``[B, H, N, D]``, the features that were appended or replaced into slots 0 .. N - 1.
+            v: ``[B, H, N, D]``, the features that were added in slots 0 .. N - 1.
 
         Returns:
             ``[B, G, N]`` in the dtype of the sums, rounded so that equal features have equal scores.
@@ -90,6 +92,6 @@ class RunningSimilarity:
     def tensors(self) -> dict[str, Tensor]:
         return {"total": self.total, "inverse_norm": self.inverse_norm}
 
-    def keep_rows(self, rows: int) -> None:
-        """Forget all but the first ``rows`` rows."""
-        self.total, self.inverse_norm = self.total[:rows].clone(), self.inverse_norm[:rows].clone()
+    def keep(self, kept: Callable[[Tensor], Tensor]) -> None:
+        """Put what this function makes of each tensor in its place: fewer rows."""
+        self.total, self.inverse_norm = kept(self.total), kept(self.inverse_norm)

@@ -1,9 +1,12 @@
 """How keys and values lie in memory: as numbers of the model, or as integers with a scale."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+ALL = slice(None)
 
 
 class Codec(Protocol):
@@ -89,24 +92,19 @@ class Storage:
         like = codec.encode(torch.zeros(1, dim, dtype=dtype, device=device))
         self.parts = [part.new_zeros(batch, heads, slots, part.shape[-1]) for part in like]
 
-    def rounded(self, x: Tensor) -> Tensor:
-        """What comes back of vectors that are written, ``[..., D]``."""
-        x = x.to(self.dtype)
-        return self.codec.decode(self.codec.encode(x), self.dtype)
-
-    def write(self, slot: int, x: Tensor) -> None:
-        """Into slots from this one on. ``x``: ``[B, H, S, D]``."""
+    def write(self, slot: int, x: Tensor, rows: slice = ALL) -> None:
+        """Into slots from this one on. ``x``: ``[B, H, S, D]``, for these rows."""
         for part, new in zip(self.parts, self.codec.encode(x.to(self.dtype)), strict=True):
-            part[:, :, slot : slot + x.shape[2]] = new
+            part[rows, :, slot : slot + x.shape[2]] = new
 
-    def put(self, slot: Tensor, x: Tensor) -> None:
-        """Into one slot of each row and head. ``slot``: int64 ``[B, 1 or H, 1]``; ``x``: ``[B, H, 1, D]``."""
+    def put(self, slot: Tensor, x: Tensor, rows: slice = ALL) -> None:
+        """Into one slot of each of these rows and head. ``slot``: int64 ``[B, 1 or H, 1]``; ``x``: ``[B, H, 1, D]``."""
         for part, new in zip(self.parts, self.codec.encode(x.to(self.dtype)), strict=True):
-            part.scatter_(2, slot.unsqueeze(-1).expand_as(new), new)
+            part[rows].scatter_(2, slot.unsqueeze(-1).expand_as(new), new)
 
-    def read(self, first: int, end: int) -> Tensor:
-        """The slots from ``first`` to before ``end``, ``[B, H, end - first, D]``; a view, where that is possible."""
-        return self.codec.decode(tuple(part[:, :, first:end] for part in self.parts), self.dtype)
+    def read(self, first: int, end: int, rows: slice = ALL) -> Tensor:
+        """Slots ``first`` to before ``end``, ``[B, H, end - first, D]``; a view, where that is possible."""
+        return self.codec.decode(tuple(part[rows, :, first:end] for part in self.parts), self.dtype)
 
     def pick(self, slots: Tensor) -> Tensor:
         """Those that each row and head names. ``slots``: int64 ``[B, 1 or H, M]`` -> ``[B, H, M, D]``."""
@@ -114,6 +112,6 @@ class Storage:
         picked = [part.gather(2, index.expand(-1, heads, -1, part.shape[-1])) for part in self.parts]
         return self.codec.decode(tuple(picked), self.dtype)
 
-    def keep_rows(self, rows: int) -> None:
-        """Forget all but the first ``rows`` rows."""
-        self.parts = [part[:rows].clone() for part in self.parts]
+    def keep(self, kept: Callable[[Tensor], Tensor]) -> None:
+        """Put what this function makes of each tensor in its place: fewer rows."""
+        self.parts = [kept(part) for part in self.parts]

@@ -53,7 +53,8 @@ class Decoder:
         for layer in kv.layers:
             condition = (*shape[:3], args.cls_token_num, args.head_dim)
             layer.insert_condition(*torch.randn(condition, device=weight.device, dtype=weight.dtype))
-            for _ in range(min(layer.capacity, count)):
+        for _ in range(min(kv.layers[0].slots.capacity, count)):
+            for layer in kv.layers:
                 layer.update(*torch.randn(shape, device=weight.device, dtype=weight.dtype))
 
     def attended(self, kv: Any, tokens: int, steps: int) -> float:

@@ -84,8 +84,8 @@ def filled(model: Transformer, config: CacheConfig, images: int, steps: int) -> 
     kv = new_cache(model, images, TOKENS, masks, 2.0, config)
     features = torch.randn(2 * images, args.cls_token_num, args.caption_dim).to(weight)
     model(cond_idx=features, cache=kv)
-    for layer in kv.layers:
-        for _ in range(min(layer.capacity, TOKENS - steps)):
+    for _ in range(min(kv.layers[0].slots.capacity, TOKENS - steps)):
+        for layer in kv.layers:
             layer.update(*torch.randn(2, 2 * images, args.kv_heads, 1, args.head_dim, device=weight.device))
     return kv
 

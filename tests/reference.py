@@ -80,41 +80,51 @@ class Choice:
     holds.
     """
 
-    def __init__(self, policy, budget, prefix, local, mode, renew_every, *, head, columns):
+    def __init__(self, policy, budget, prefix, local, mode, renew_every, *, head, columns, width=1):
         self.policy, self.budget, self.prefix, self.local = policy, budget, prefix, local
-        self.mode, self.renew_every, self.head, self.columns = mode, renew_every, head, columns
+        self.mode, self.renew_every, self.head, self.columns, self.width = mode, renew_every, head, columns, width
         self.keys, self.values, self.places = [], [], []
         self.attention = []  # {arrival: weight} of each query
         self.stand_ins = set()  # arrivals that wait for the place's own token
         self.cached, self.queue, self.chosen, self.rankings = [], [], [], 0
 
-    def step(self, key: np.ndarray, value: np.ndarray, place=None, stands_in=False, together=0) -> list[int]:
-        """A token comes in; which may its query see? It is the ``together``-th, from 0, of those that come at once."""
-        p = len(self.values)
-        place = p if place is None else place
-        self.keys.append(key)
-        self.values.append(value)
-        self.places.append(place)
-        for old in [j for j in self.stand_ins if self.places[j] == place]:
-            self.stand_ins.remove(old)
-            self.cached[self.cached.index(old)] = p
-            return list(self.cached)
-        if stands_in:
-            self.stand_ins.add(p)
-        if self.policy == "full":
+    def enter(self, tokens) -> list[int]:
+        """Tokens come in at once: (key, value, place, stands in) each. Which may their queries see?"""
+        waiting = [self.places[j] for j in self.stand_ins]
+        fresh = sum(place not in waiting for _, _, place, _ in tokens)
+        surplus = len(self.cached) + fresh - self.budget
+        for index, (key, value, place, stands_in) in enumerate(tokens):
+            p = len(self.values)
+            self.keys.append(key)
+            self.values.append(value)
+            self.places.append(place)
+            if index == 0 and self.mode == "evict" and surplus > 0 and self.policy != "full":
+                victims = self.victims(surplus)
+            own = [j for j in self.stand_ins if self.places[j] == place]
+            if own:
+                self.stand_ins -= set(own)
+                self.cached[self.cached.index(own[0])] = p
+                continue
+            if self.mode == "evict" and self.policy != "full" and len(self.cached) == self.budget:
+                self.cached.remove(victims.pop(0))
             self.cached.append(p)
-            return list(self.cached)
-        if self.mode == "evict":
-            if len(self.cached) == self.budget:
-                if not self.queue:
-                    scores = redundancy(self.policy, self.cached, self)
-                    newest = min(p - self.local, p - together - 1)
-                    previous = [j for j in self.cached[self.prefix :] if j <= newest and j not in self.stand_ins]
-                    scores = np.array([scores[self.cached.index(j)] for j in previous])
-                    self.queue = by_worth(scores, previous, highest_first=True)[: self.renew_every]
-                self.cached.remove(self.queue.pop(0))
-            self.cached.append(p)
-            return list(self.cached)
+            if stands_in:
+                self.stand_ins.add(p)
+        return self.selected(p) if self.mode == "select" and self.policy != "full" else list(self.cached)
+
+    def victims(self, count: int) -> list[int]:
+        """Of those that were there before the newest; one ranking serves several steps, and at least one."""
+        p = len(self.values) - 1
+        most = max(self.renew_every, self.width)
+        if most - len(self.queue) >= self.renew_every or len(self.queue) < count:
+            scores = redundancy(self.policy, self.cached, self)
+            previous = [j for j in self.cached[self.prefix :] if j <= p - self.local and j not in self.stand_ins]
+            scores = np.array([scores[self.cached.index(j)] for j in previous])
+            self.queue = by_worth(scores, previous, highest_first=True)[:most]
+        found, self.queue = self.queue[:count], self.queue[count:]
+        return found
+
+    def selected(self, p: int) -> list[int]:
         if p + 1 <= self.budget:
             return list(range(p + 1))
         if self.rankings % self.renew_every == 0:
@@ -156,14 +166,13 @@ class Attention:
 
     def images(self, tokens):
         """``[Hq, D]`` of each of the tokens that come at once: (q ``[Hq, D]``, k, v ``[H, D]``, place, stands in)."""
-        for together, (_, k, v, place, stands_in) in enumerate(tokens):
-            self.keys.append(k)
-            self.values.append(v)
-            parts = range(self.n_kv) if len(self.choices) > 1 or self.n_kv == 1 else [slice(None)]
-            seen = [
-                choice.step(k[part].ravel(), v[part].ravel(), place, stands_in, together)
-                for choice, part in zip(self.choices, parts, strict=True)
-            ]
+        self.keys += [k for _, k, _, _, _ in tokens]
+        self.values += [v for _, _, v, _, _ in tokens]
+        parts = range(self.n_kv) if len(self.choices) > 1 or self.n_kv == 1 else [slice(None)]
+        seen = [
+            choice.enter([(k[part].ravel(), v[part].ravel(), place, held) for _, k, v, place, held in tokens])
+            for choice, part in zip(self.choices, parts, strict=True)
+        ]
         return [self.attend(q, v, seen, place) for q, _, v, place, _ in tokens]
 
     def attend(self, q, v, seen, place):
@@ -289,8 +298,11 @@ def decode(
 
     embeddings = [state["cls_embedding.embedding_table.weight"][c] for c in labels]
     draw([row.step([x], [None])[0] for row, x in zip(rows, embeddings, strict=True)], 0)
-    raster = ([(p, p, p + 1)] for p in range(steps - 1))
-    for feeds in raster if window is None else zipar(grid, steps // grid, window):
+    raster = [[(p, p, p + 1)] for p in range(steps - 1)]
+    passes = raster if window is None else list(zipar(grid, steps // grid, window))
+    for chooser in (c for row in rows for layer in row.attention for c in layer.choices):
+        chooser.width = max(map(len, passes))
+    for feeds in passes:
         embeddings = [state["tok_embeddings.weight"][tokens[source]] for _, source, _ in feeds]
         logits = [row.step(embeddings, [(place, place != source) for place, source, _ in feeds]) for row in rows]
         for index, (_, _, target) in enumerate(feeds):

@@ -87,18 +87,18 @@ class Watched:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = self.layer.attend(q, k, v)
         if self.layer.count:
-            self.notes.add(self.scores(q), self.layer.condition_slots)
+            self.notes.add(self.scores(q), self.layer.slots.condition_slots)
         return out
 
     def scores(self, q: Tensor) -> Tensor:
         """What the softmax is taken of, [B, Hq, C + N] in float32 or wider. ``q``: [B, Hq, 1, D]."""
-        cached, end = self.layer.tensors(), self.layer.condition_slots + self.layer.filled
-        keys = cached["k"][: self.rows, :, :end]
+        keys, _, bias = self.layer.held()
+        keys = keys[: self.rows]
         wide = torch.promote_types(keys.dtype, torch.float32)
         q = q[: self.rows, :, 0].to(wide).unflatten(1, (keys.shape[1], -1))  # heads by the head of their keys
         scores = q @ keys.to(wide).mT / math.sqrt(q.shape[-1])
-        if "bias" in cached:
-            scores = scores + cached["bias"][: self.rows, ..., :end]
+        if bias is not None:
+            scores = scores + bias[: self.rows]
         return scores.flatten(1, 2)
 
 

@@ -47,13 +47,13 @@ class WithCondition(AdsaOf):
 
     def others(self, layer, unit: Tensor) -> Tensor:
         tokens = layer.condition_tokens
-        v, bias = layer._v.read(0, tokens).to(unit.dtype), layer._bias  # [B, H, T, D]; a bias of -inf is padding
+        v = layer.stored_v.read(0, tokens).to(unit.dtype)  # [R, H, T, D]
         square = v.square().sum(-1)
         if layer.groups == 1:
             square = square.sum(1, keepdim=True)
         inverse = torch.where(square > 0, square.rsqrt(), 0.0)
-        if bias is not None:
-            inverse = inverse * (bias[..., :tokens].squeeze(2) == 0)
+        if layer.valid is not None:
+            inverse = inverse * layer.valid.unsqueeze(1).repeat(layer.layers, 1, 1)
         return layer.similarity.total + (v * inverse.unsqueeze(-1)).sum(2)
 
 
@@ -63,7 +63,8 @@ class SharedByGuidance(Adsa):
     name = "adsa_shared"
 
     def score(self, layer) -> Tensor:
-        return torch.stack(super().score(layer).chunk(2)).mean(0).repeat(2, 1, 1)
+        score = super().score(layer).unflatten(0, (layer.layers, 2, -1))
+        return score.mean(1, keepdim=True).expand_as(score).flatten(0, 2)
 
 
 @contextmanager

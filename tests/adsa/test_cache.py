@@ -7,9 +7,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from adsa import CacheConfig, KVCache, LayerCache
-from adsa.cache import fold_bias
 from adsa.policies import POLICIES
 from adsa.similarity import TIE_SINGLE, mean_cosine_similarity
+from adsa.slots import Slots, fold_bias
 from tests.reference import Attention
 
 B, H, D, TOKENS = 3, 2, 8, 40
@@ -23,17 +23,8 @@ def config(policy, granularity="head", mode="evict", renew_every=1, **kwargs):
 
 
 def layer(cfg, tokens=TOKENS, condition=1, dtype=torch.float64, valid=None, batch=B, device="cpu") -> LayerCache:
-    return LayerCache(
-        cfg,
-        batch=batch,
-        n_kv_head=H,
-        head_dim=D,
-        condition_tokens=condition,
-        max_tokens=tokens,
-        dtype=dtype,
-        device=device,
-        valid=valid,
-    )
+    shape = {"batch": batch, "n_kv_head": H, "head_dim": D, "condition_tokens": condition, "max_tokens": tokens}
+    return LayerCache(Slots(cfg, dtype=dtype, device=device, valid=valid, **shape))
 
 
 def stream(tokens=TOKENS, heads=H, batch=B, condition=1, dtype=torch.float64, seed=0):
@@ -82,7 +73,7 @@ def test_every_step_equals_brute_force(policy, way):
     for t in range(1, 1 + tokens):
         if t == 40:
             q, k, v = q[:-1], k[:-1], v[:-1]
-            cache.keep_rows(B - 1)
+            cache.slots.keep_rows(B - 1)
         out.append(cache.attend(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1]))
     choice = {"policy": policy, "budget": 16, "prefix": 3, "local": 5, "mode": way[1], "renew_every": way[2]}
     for row in range(B - 1):
@@ -137,10 +128,10 @@ def test_evicting_cache_holds_what_it_says(way):
     """Prefix and local always present, positions distinct, slots hold the token of their position, no memory grows."""
     q, k, v = stream()
     cache = layer(config(*way))
-    start = {name: (t.data_ptr(), t.shape) for name, t in cache.tensors().items()}
+    start = {name: (t.data_ptr(), t.shape) for name, t in cache.slots.tensors().items()}
 
     def watch(cache):
-        now = {name: (t.data_ptr(), t.shape) for name, t in cache.tensors().items()}
+        now = {name: (t.data_ptr(), t.shape) for name, t in cache.slots.tensors().items()}
         assert now == start
         positions = cache.positions
         newest = cache.count - 1
@@ -160,7 +151,13 @@ def test_select_can_bring_a_token_back(granularity):
     """In selection a token left out may return; that is what tells it from eviction."""
     q, k, v = stream(tokens=64)
     cache, seen = layer(config("adsa", granularity, "select"), tokens=64), []
-    run(cache, q, k, v, watch=lambda c: seen.append(set() if c.count <= 16 else set(c._ranking[0, 0].tolist())))
+    run(
+        cache,
+        q,
+        k,
+        v,
+        watch=lambda c: seen.append(set() if c.count <= 16 else set(c.slots.tensors()["ranking"][0, 0].tolist())),
+    )
     returned = [t for t in range(18, 64) if (seen[t] - seen[t - 1]) & set(range(3, t - 5))]
     assert returned
 
@@ -176,7 +173,7 @@ def test_renewal_ranks_once_for_several_steps():
     for mode, first in (("evict", 16), ("select", 17)):
         calls.clear()
         cache = layer(config("adsa", mode=mode, renew_every=6))
-        cache.policy = Counting()
+        cache.slots.policy = Counting()
         run(cache, *stream())
         assert calls == list(range(first, TOKENS + (mode == "select"), 6))
 
@@ -191,7 +188,7 @@ def test_half_precision_cache(policy, dtype):
     half = layer(config(policy, dtype=name), dtype=torch.float32)
     out, expected = run(half, q, k, v), run(full, q, k, v)
     assert out.dtype == torch.float32 and half.k.dtype == dtype
-    assert half.tensors()["k"].nbytes * 2 == full.tensors()["k"].nbytes
+    assert half.slots.tensors()["k"].nbytes * 2 == full.slots.tensors()["k"].nbytes
     if policy in ("window", "streaming", "random", "uniform", "neighborhood"):  # positions do not depend on rounding
         assert torch.equal(half.positions.sort().values, full.positions.sort().values)
     torch.testing.assert_close(out[:, :, :16], expected[:, :, :16], atol=0.03, rtol=0)  # until the first choice
@@ -229,7 +226,7 @@ def test_victims_are_the_most_redundant(dtype, granularity, common):
     v = ((v + common * torch.ones(D)) * 50).to(dtype)  # large enough that their sums overflow float16
     q, k = q.to(dtype), k.to(dtype)
     cache = layer(CacheConfig("adsa", budget, prefix, local, granularity), tokens, dtype=dtype)
-    cached = [set(range(budget)) for _ in range(B * cache.groups)]
+    cached = [set(range(budget)) for _ in range(B * cache.slots.groups)]
 
     def watch(cache):
         p = cache.count - 1
@@ -270,7 +267,7 @@ def test_fold_is_exact(policy, lengths):
         cfg = CacheConfig("full", fold_condition=fold) if policy == "full" else config(policy, fold_condition=fold)
         cache = layer(cfg, condition=condition, valid=valid)
         outputs.append(run(cache, q, k, v, condition=condition))
-        slots.append(cache.condition_slots)
+        slots.append(cache.slots.condition_slots)
     assert slots == [1, 9]
     torch.testing.assert_close(*outputs, atol=1e-10, rtol=0)
     # and padding is really not seen
@@ -315,8 +312,10 @@ def test_nbytes(policy, mode, renew_every, dtype):
     assert kv.slots == budget
     assert kv.kv_nbytes() == keys_and_values
     assert kv.nbytes() == expected
-    for cache in kv.layers:
-        run(cache, *stream(dtype=dtype))
+    q, k, v = stream(dtype=dtype)
+    for t in range(1 + TOKENS):
+        for cache in kv.layers:
+            cache.attend(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
     assert kv.nbytes() == expected
     kv.keep_rows(1)
     assert kv.nbytes() * B == expected

@@ -28,13 +28,14 @@ def test_running_equals_definition(joint):
     for slot in range(N):
         new = torch.randn(B, H, 1, D, generator=generator, dtype=torch.float64) * (slot != 3)
         cache[:, :, slot : slot + 1] = new
-        running.append(slot, new)
+        running.add(slot, new)
         check(slot + 1)
     for step in range(50):
         new = torch.randn(B, H, 1, D, generator=generator, dtype=torch.float64) * (step % 7 != 0)
         slot = torch.randint(N, (B, 1 if joint else H, 1), generator=generator)
         index = slot.unsqueeze(-1).expand_as(new)
-        running.replace(slot, cache.gather(2, index), new)
+        running.remove(slot, cache.gather(2, index))
+        running.add(slot, new)
         cache.scatter_(2, index, new)
         check(N)
 
@@ -46,7 +47,7 @@ def test_equal_features_tie(dtype):
     v[:, :, [7, 131, 299]] = v[:, :, 50:51].clone()
     running = RunningSimilarity(1, 1, 300, 64, joint=False, dtype=dtype, device="cpu")
     for slot in range(300):
-        running.append(slot, v[:, :, slot : slot + 1])
+        running.add(slot, v[:, :, slot : slot + 1])
     score = running.score(v)[0, 0]
     assert len({score[i].item() for i in (7, 50, 131, 299)}) == 1
     assert score.unique().numel() > 200

@@ -68,14 +68,13 @@ def test_slots_are_written_and_read_one_by_one(name):
     x = vectors(8)
     storage = store(name, x)
     whole = storage.read(0, 20).clone()
-    assert torch.equal(storage.rounded(x), whole)
     slots = torch.tensor([[[3], [7], [19]]]).expand(4, -1, -1)
     storage.put(slots, x[:, :, 5:6])
-    assert torch.equal(storage.pick(slots), storage.rounded(x[:, :, 5:6]))
+    assert torch.equal(storage.pick(slots), whole[:, :, 5:6])
     for head, slot in enumerate((3, 7, 19)):
-        whole[:, head, slot] = storage.rounded(x[:, head, 5])
+        whole[:, head, slot] = whole[:, head, 5]
     assert torch.equal(storage.read(0, 20), whole)
-    storage.keep_rows(2)
+    storage.keep(lambda part: part[:2])
     assert torch.equal(storage.read(4, 9), whole[:2, :, 4:9])
 
 
@@ -83,7 +82,7 @@ def test_slots_are_written_and_read_one_by_one(name):
 @pytest.mark.parametrize("way", [("full",), *WAYS], ids=str)
 def test_a_cache_of_integers_is_the_cache_of_what_they_stand_for(way, name):
     q, k, v = stream()
-    rounded = [Storage(CODECS[name], x.shape, x.dtype, "cpu").rounded(x) for x in (k, v)]
+    rounded = [store(name, x).read(0, x.shape[2]) for x in (k, v)]
     plain, integers = (
         CacheConfig("full", dtype=dtype) if way == ("full",) else config(*way, dtype=dtype) for dtype in (None, name)
     )
@@ -98,8 +97,8 @@ def test_memory_of_a_cache(policy, name):
     cfg = CacheConfig("full", dtype=name) if policy == "full" else config(policy, dtype=name)
     cache = layer(cfg, dtype=torch.float32, device="meta")
     parts = {"int8": D + 2, "int4": D // 2 + 4}[name]
-    expected = 2 * B * H * (1 + cache.capacity) * parts
-    assert sum(part.nbytes for part in cache.kv_tensors().values()) == expected
-    before = {key: tensor.shape for key, tensor in cache.tensors().items()}
+    expected = 2 * B * H * (1 + cache.slots.capacity) * parts
+    assert sum(part.nbytes for part in cache.slots.kv_tensors().values()) == expected
+    before = {key: tensor.shape for key, tensor in cache.slots.tensors().items()}
     run(cache, *(x.to("meta", torch.float32) for x in stream()))
-    assert {key: tensor.shape for key, tensor in cache.tensors().items()} == before
+    assert {key: tensor.shape for key, tensor in cache.slots.tensors().items()} == before

@@ -166,7 +166,7 @@ def test_full_when_timed(model, name, held):
     decoder = Decoder(name, model, benchmark.cache_config(name, 32))
     kv = decoder.new_cache(2, TOKENS)
     decoder.fill(kv, 32)
-    assert kv.layers[0].filled == held
+    assert kv.layers[0].slots.filled == held
     seconds = Stepper(decoder, kv, 1, True, 32).time(4)
     assert len(seconds) == 4 and kv.layers[0].count == held + 4
 

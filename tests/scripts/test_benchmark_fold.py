@@ -44,7 +44,7 @@ def test_caches_are_full_when_timed(tiny):
     model = benchmark_fold.build("GPT-Tiny", benchmark_fold.torch.device("cpu"), benchmark_fold.torch.float32)
     for config, count in ((benchmark_fold.CacheConfig("full"), 33), (benchmark_fold.CacheConfig("adsa", 12), 12)):
         kv = benchmark_fold.filled(model, config, 1, 3)
-        assert kv.layers[0].filled == count
+        assert kv.layers[0].slots.filled == count
         benchmark_fold.step_time(model, kv, 3)
         assert kv.layers[0].count == count, "a copy was timed"
 

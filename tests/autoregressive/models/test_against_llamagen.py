@@ -61,9 +61,9 @@ def test_forced_decode(c2i):
     first = kv.layers[0]
     close(first.k[0, 0, 0], golden["k_cache_L0_row0_head0_pos1"])
     close(first.k[0, 0, 5], golden["k_cache_L0_row0_head0_pos6"])
-    tensors = first.tensors()
-    close(tensors["v"][0, 0, 0], golden["v_cache_L0_row0_head0_pos0"])
-    assert tensors["k"][:, :, 0].abs().max() == golden["k_cache_all_layers_pos0_absmax"]
+    keys, values, _ = first.held()
+    close(values[0, 0, 0], golden["v_cache_L0_row0_head0_pos0"])
+    assert keys[:, :, 0].abs().max() == golden["k_cache_all_layers_pos0_absmax"]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_t2i_prefill(t2i, captions, fold):
     logits, _ = t2i(cond_idx=features, cache=kv)
     close(logits[0, -1, :8], GOLDEN["t2i_tiny"]["prefill_logits_lastpos_row0_first8"])
     close(logits[1, -1, :8], GOLDEN["t2i_tiny"]["prefill_logits_lastpos_row1_first8"])
-    keys = [layer.tensors()["k"][:, :, : kv.condition_slots] for layer in kv.layers]
+    keys = [layer.held()[0] for layer in kv.layers]
     assert kv.condition_slots == (1 if fold else 120)
     assert max(key.abs().max() for key in keys) == GOLDEN["t2i_tiny"]["k_cache_text_absmax"]
 

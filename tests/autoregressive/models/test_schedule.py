@@ -97,10 +97,10 @@ def test_memory_keeps_within_the_budget(policy):
     before = kv.nbytes()
     generate(model, torch.tensor(LABELS), TOKENS, kv=kv, window=2)
     layer = kv.layers[0]
-    assert kv.nbytes() == before and layer.filled == min(TOKENS - 1, kv.slots)
+    assert kv.nbytes() == before and layer.slots.filled == min(TOKENS - 1, kv.slots)
     for places in layer.positions.flatten(0, 1).tolist():
-        assert len(set(places)) == layer.filled
-    assert not set(layer.order.replaces.values()) & set(layer.arrivals.flatten().tolist())
+        assert len(set(places)) == layer.slots.filled
+    assert not set(kv.order.replaces.values()) & set(layer.slots.arrivals.flatten().tolist())
 
 
 def test_teacher_forcing_follows_the_schedule():
