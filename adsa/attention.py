@@ -48,6 +48,11 @@ class AttentionRecord:
         """Another token comes here, and has had no attention yet. ``slot``: int64 ``[B, G, 1]``."""
         self.weights.scatter_(3, slot.unsqueeze(2).expand(-1, -1, self.weights.shape[2], -1), 0.0)
 
+    def merge(self, slot: Tensor, into: Tensor) -> None:
+        """A token becomes part of another, with the attention that it has had. int64 ``[B, G, 1]`` each."""
+        slot, into = (index.unsqueeze(2).expand(-1, -1, self.weights.shape[2], -1) for index in (slot, into))
+        self.weights.scatter_add_(3, into, self.weights.gather(3, slot))
+
     def mass(self, count: int) -> Tensor:
         """Attention that the tokens in the first slots have had in all, ``[B, G, count]``."""
         return self.weights[..., :count].sum(2)

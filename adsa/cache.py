@@ -82,6 +82,10 @@ class LayerCache:
             self.insert_condition(k, v)
             return _attention(q, k, v, mask)
         keys, values, bias = self.update(k, v)
+        if self.slots.queries is not None:
+            self.slots.queries.add(self.count - q.shape[2], q, self.rows)
+        if bias is not None and bias.dtype != self.slots.wide:
+            bias = bias.to(self.slots.wide)
         attend = _attention if self.slots.attention is None else self._watched_attention
         return attend(q.to(keys.dtype), keys, values, bias).to(q.dtype)
 
@@ -105,7 +109,7 @@ class LayerCache:
             slots.stored_k.write(0, k, rows)
             slots.stored_v.write(0, v, rows)
             if slots.valid is not None:
-                slots.bias[..., : slots.condition_tokens].masked_fill_(~slots.valid[:, None, None, :], -torch.inf)
+                slots.bias[rows, ..., : slots.condition_tokens].masked_fill_(~slots.valid[:, None, None, :], -torch.inf)
             return
         wide = torch.promote_types(v.dtype, torch.float32)
         weight = torch.ones(v.shape[0], v.shape[2], device=v.device) if slots.valid is None else slots.valid
@@ -113,7 +117,7 @@ class LayerCache:
         n = weight.sum(1)
         mean = (v * weight[:, None, :, None]).sum(2, keepdim=True) / n.clamp(min=1).view(-1, 1, 1, 1)
         slots.stored_v.write(0, mean.expand(-1, -1, slots.condition_slots, -1), rows)
-        slots.bias[..., : slots.condition_slots] = fold_bias(n, slots.bias.dtype)[:, None, None]
+        slots.bias[rows, ..., : slots.condition_slots] = fold_bias(n, slots.wide)[:, None, None]
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Take in image tokens, each evicting another if there is no room.
@@ -157,12 +161,7 @@ class LayerCache:
 
     def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and bias of all that is here, as :meth:`update` returns them."""
-        slots, rows = self.slots, self.rows
-        end = slots.condition_slots + slots.filled
-        bias = None if slots.bias is None else slots.bias[..., :end]
-        if slots.hidden is not None:
-            bias = slots.hidden[rows] if bias is None else slots.hidden[rows] + bias
-        return slots.stored_k.read(0, end, rows), slots.stored_v.read(0, end, rows), bias
+        return self.slots.held(self.rows)
 
     def _selection(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and bias of condition, prefix, the chosen, and local (Eqs. 1-5)."""

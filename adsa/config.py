@@ -28,7 +28,11 @@ class CacheConfig:
         mode: "evict" (what leaves is gone, memory is bounded by the budget; the paper's tables) or "select" (the whole
             history stays in memory, and the choice is made anew: a token left out can come back. Each step copies the
             chosen keys and values together).
-        renew_every: how many steps one ranking serves; 1 is the paper.
+        renew_every: how many steps one ranking serves; 1 is the paper. None: the policy's default, where the budget
+            allows.
+        merge: merge what leaves into the nearest key of those that stay, other than the last line's: the mean of both,
+            weighted by the tokens that they stand for, whose number is added to scores by its logarithm. Mode "evict"
+            alone. None: the policy's default.
         dtype: of the cache: "fp32", "fp16", "bf16" or "fp64"; "int8" or "int4" for integers with scales
             (:mod:`adsa.storage`), which are read as the model's dtype; None: that.
         fold_condition: hold text tokens, whose keys are zero in LlamaGen, as one slot that is exactly their sum. Only
@@ -44,7 +48,8 @@ class CacheConfig:
     local: int | None = None
     granularity: str = "head"
     mode: str = "evict"
-    renew_every: int = 1
+    renew_every: int | None = None
+    merge: bool | None = None
     dtype: str | None = None
     fold_condition: bool = True
 
@@ -61,16 +66,20 @@ class CacheConfig:
             )
         for name, low in (("budget", 1), ("prefix", 0), ("local", 1), ("renew_every", 1)):
             value = getattr(self, name)
-            if value is None and name != "renew_every":
+            if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"cache {name} must be a whole number of tokens, not {value!r}")
             if value < low:
                 raise ValueError(f"cache {name} must be at least {low}, not {value}")
-        if not isinstance(self.fold_condition, bool):
-            raise ValueError(f"cache fold_condition must be true or false, not {self.fold_condition!r}")
+        for name in ("fold_condition", "merge"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (value is not None or name == "fold_condition"):
+                raise ValueError(f"cache {name} must be true or false, not {value!r}")
+        if self.merge and self.mode == "select":
+            raise ValueError('cache merge is for mode "evict": in mode "select" nothing leaves')
         if self.policy == "full":
-            given = [name for name in ("budget", "prefix", "local") if getattr(self, name) is not None]
+            given = [name for name in ("budget", "prefix", "local", "merge") if getattr(self, name) is not None]
             if given:
                 raise ValueError(f"cache policy 'full' keeps every token and takes no {', '.join(given)}")
             return
@@ -81,8 +90,8 @@ class CacheConfig:
             raise ValueError(
                 f"cache budget {self.budget} is too small: prefix {prefix} and local {local} take {prefix + local}"
             )
-        spare = self.budget - prefix - local + 1
-        if self.mode == "evict" and self.renew_every > spare:
+        spare = min(self.budget - prefix - local + 1, max(1, self.budget - self.merges))
+        if self.mode == "evict" and self.renewal > spare:
             raise ValueError(
                 f"cache renew_every {self.renew_every} is too large: with budget {self.budget}, prefix {prefix} and "
                 f"local {local}, one ranking has only {spare} tokens that may go"
@@ -114,8 +123,21 @@ class CacheConfig:
             local = self.local
             prefix = min(prefix, max(0, self.budget - local)) if self.prefix is None else prefix
         elif self.mode == "evict":  # a ranking that serves many steps needs that many tokens to choose from
-            local = min(local, self.budget - prefix - self.renew_every + 1)
+            local = min(local, self.budget - prefix - (self.renew_every or 1) + 1)
         return prefix, max(local, 1)
+
+    @property
+    def renewal(self) -> int:
+        """How many steps one ranking serves: as given, or the policy's own where there are tokens enough."""
+        if self.renew_every is not None or self.budget is None:
+            return self.renew_every or 1
+        prefix, local = self.split
+        return max(1, min(self.rule.renewal, self.budget - prefix - local + 1, self.budget - self.merges))
+
+    @property
+    def merges(self) -> bool:
+        """Whether what leaves is merged into what stays."""
+        return self.mode == "evict" and (self.rule.merges if self.merge is None else self.merge)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

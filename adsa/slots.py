@@ -13,6 +13,7 @@ from torch import Tensor
 from adsa.attention import AttentionRecord
 from adsa.config import CacheConfig
 from adsa.order import Order
+from adsa.queries import QueryRecord
 from adsa.similarity import RunningSimilarity
 from adsa.storage import CODECS, Plain, Storage
 
@@ -58,6 +59,7 @@ class Slots:
         layers: how many; they take their tokens in step.
         batch: rows B of a layer, both halves of guidance included.
         n_kv_head: H.
+        n_head: Hq, heads of queries; None: H.
         head_dim: D.
         condition_tokens: T, how many tokens come before the image. Never evicted. The paper leaves open whether they
             count within the budget and within the mean of Eq. 3; here they do neither.
@@ -71,7 +73,8 @@ class Slots:
 
     Attributes:
         condition_slots: those before the image's.
-        bias: what is added to scores for padding and folding, ``[B, 1, 1, slots]``; None: nothing.
+        bias: what is added to scores, ``[R, 1 or H, 1, slots]``, for padding, folding, and slots that stand for several
+            tokens; None: nothing.
         count: image tokens that came in so far.
         filled: how many of them are here, in the first slots of the image.
         capacity: image tokens that there is room for: the budget, or ``max_tokens`` when nothing is ever evicted.
@@ -92,6 +95,7 @@ class Slots:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        n_head: int | None = None,
         layers: int = 1,
         valid: Tensor | None = None,
         columns: int | None = None,
@@ -119,30 +123,40 @@ class Slots:
         rows, joint = layers * batch, config.granularity == "layer"
         self.groups = 1 if joint else n_kv_head
         # What is added to scores takes the queries' dtype, but on the CPU, whose kernels take float32 as well.
-        wide = torch.promote_types(dtype, torch.float32) if self.device.type == "cpu" else dtype
+        self.wide = wide = torch.promote_types(dtype, torch.float32) if self.device.type == "cpu" else dtype
         self.condition_tokens, self.valid = condition_tokens, None if valid is None else valid.to(device, torch.bool)
         self.folds = config.fold_condition and condition_tokens > 1
         self.condition_slots = fold_bias(torch.ones(1), wide).shape[-1] if self.folds else condition_tokens
         size = self.condition_slots + self.capacity
+        self.merges = config.merges and self.evicts
         self.bias: Tensor | None = None
-        if self.folds or valid is not None:
-            self.bias = torch.zeros(batch, 1, 1, size, dtype=wide, device=device)
+        if self.merges or self.folds or valid is not None:
+            # Of merged tokens the numbers differ by head, and must not be rounded each time that one more comes.
+            heads, dtypes = (n_kv_head, torch.promote_types(dtype, torch.float32)) if self.merges else (1, wide)
+            self.bias = torch.zeros(rows, heads, 1, size, dtype=dtypes, device=device)
         shape = (rows, n_kv_head, size, head_dim)
         codec = CODECS.get(config.dtype, Plain())
         self.stored_k, self.stored_v = (Storage(codec, shape, dtype, device) for _ in "kv")
         self._places = None if order is None else torch.tensor(order.positions, dtype=torch.int32).to(device)
         self._arrivals = self._ranking = self.similarity = self.attention = None
         # One ranking names the victims of renew_every tokens, and of all that come at once.
-        self._ranked = max(config.renew_every, 1 if order is None else order.width)
+        self.renewal = config.renewal
+        self._ranked = max(self.renewal, 1 if order is None else order.width)
         self._taken = self._ranked
         if order is not None:
             self._check_order(order)
         if self.evicts or order is not None:
             arrivals = torch.arange(self.capacity, dtype=torch.int32, device=device)
             self._arrivals = arrivals.expand(rows, self.groups, -1).contiguous()
-        if self.selects or (self.evicts and self._ranked > 1):
+        if self.selects or self.evicts:
             named = self.budget - self.prefix - self.local if self.selects else self._ranked
             self._ranking = torch.zeros(rows, self.groups, named, dtype=torch.int64, device=device)
+        self._into = self.queries = None
+        if self.merges:
+            self._into = torch.zeros(rows, self.groups, self._ranked, dtype=torch.int64, device=device)
+        if self.policy.query_lines and (self.evicts or self.selects):
+            window = self.policy.query_lines * self.columns
+            self.queries = QueryRecord(rows, n_head or n_kv_head, head_dim, window=window, dtype=dtype, device=device)
         if self.policy.similarity_of and (self.evicts or self.selects):
             self.similarity = RunningSimilarity(
                 rows, n_kv_head, self.capacity, head_dim, joint=joint, dtype=dtype, device=device
@@ -164,7 +178,7 @@ class Slots:
         if not self.evicts:
             return
         held = max(map(len, order.awaited))  # those that hold a place for another stay as well
-        spare = self.budget - self.prefix - (self.local - 1) - held
+        spare = min(self.budget - self.prefix - (self.local - 1) - held, self.budget - self.merges)
         if spare < self._ranked:
             raise ValueError(
                 f"cache budget {self.budget} is too small for tokens that come {order.width} at a time: beside prefix "
@@ -219,6 +233,17 @@ class Slots:
             lengths[place // self.columns] += 1
         return torch.tensor(lengths).to(self.device)
 
+    def held(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of all that is here, ``[rows, H, C + N, D]``, condition first, and what is added to scores.
+
+        The last is ``[rows, 1 or H, 1 or S, C + N]``, S being the tokens that came in last, or None.
+        """
+        end = self.condition_slots + self.filled
+        bias = None if self.bias is None else self.bias[rows, ..., :end]
+        if self.hidden is not None:
+            bias = self.hidden[rows] if bias is None else self.hidden[rows] + bias
+        return self.stored_k.read(0, end, rows), self.stored_v.read(0, end, rows), bias
+
     # A step: tokens of all layers come in.
 
     def advance(self, tokens: int) -> None:
@@ -234,7 +259,7 @@ class Slots:
         evicted = max(0, self.filled + own.count(None) - self.capacity)
         if evicted and not self.evicts:
             raise ValueError(f"the cache was made for {self.capacity} image tokens, and this is one more")
-        victims = self._victims(evicted) if evicted else None
+        victims, into = self._victims(evicted) if evicted else (None, None)
         self.targets = []
         for arrival, held in zip(coming, own, strict=True):
             if held is not None:  # takes over from the token that held its place
@@ -246,13 +271,18 @@ class Slots:
                 self.filled += 1
                 continue
             else:
-                slot = victims[:, :, :1]
-                victims = victims[:, :, 1:]
+                slot, victims = victims[:, :, :1], victims[:, :, 1:]
+                if self.merges:
+                    self._merge(slot, into[:, :, :1])
+                    into = into[:, :, 1:]
             self.targets.append(slot)
             if self.similarity is not None:
                 self.similarity.remove(slot, self._featured.pick(slot + self.condition_slots))
             if self.attention is not None:
                 self.attention.forget(slot)
+            if self.merges:
+                heads = self.bias.shape[1]
+                self.bias.scatter_(3, (slot + self.condition_slots).unsqueeze(2).expand(-1, heads, -1, -1), 0.0)
             self._arrivals.scatter_(2, slot, arrival)
         self.count += tokens
         self.hidden = None if self.order is None else self._later(tokens)
@@ -275,9 +305,12 @@ class Slots:
         """What the policy compares."""
         return self.stored_k if self.policy.similarity_of == "k" else self.stored_v
 
-    def _victims(self, tokens: int) -> Tensor:
-        """Slots to free, ``[R, G, tokens]``: those of the least worthy previous tokens (section 4.2)."""
-        if self._taken >= self.config.renew_every or self._taken + tokens > self._ranked:
+    def _victims(self, tokens: int) -> tuple[Tensor, Tensor | None]:
+        """Slots to free, ``[R, G, tokens]``: those of the least worthy previous tokens (section 4.2).
+
+        And the slots to merge what is there into, or None.
+        """
+        if self._taken >= self.renewal or self._taken + tokens > self._ranked:
             first = self.prefix  # the prefix never leaves the first slots
             arrivals = self.arrivals[..., first:]
             stays = arrivals > self.count - self.local
@@ -285,16 +318,64 @@ class Slots:
                 stays = stays | (arrivals == held)
             ranks = _ranks(self.policy.score(self)[..., first:], arrivals).add(stays, alpha=_NEVER)
             self._taken = 0
-            if self._ranking is None:
-                self._taken = 1
-                return ranks.argmin(-1, keepdim=True) + first
-            self._ranking.copy_(ranks.topk(self._ranked, largest=False, sorted=True).indices + first)
+            if self._ranked == 1:
+                self._ranking.copy_(ranks.argmin(-1, keepdim=True) + first)
+            else:
+                self._ranking.copy_(ranks.topk(self._ranked, largest=False, sorted=True).indices + first)
+            if self.merges:
+                self._into.copy_(torch.cat([self._nearest(rows) for rows in self.chunks()]))
+        taken = slice(self._taken, self._taken + tokens)
         self._taken += tokens
-        return self._ranking[:, :, self._taken - tokens : self._taken]
+        return self._ranking[:, :, taken], self._into[:, :, taken] if self.merges else None
+
+    def chunks(self) -> list[slice]:
+        """Rows in parts of at least a layer, for what takes much memory: up to 2^24 numbers of a line by its slots."""
+        layers = max(1, 2**24 // (self.batch * self.stored_k.parts[0].shape[1] * self.columns * self.capacity))
+        step, rows = min(layers, self.layers) * self.batch, self.layers * self.batch
+        return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+    def _nearest(self, rows: slice) -> Tensor:
+        """Of each victim, the slot with the nearest key among those that stay, ``[rows, G, victims]``.
+
+        Not of the last line, whose tokens the next line will look at one by one.
+        """
+        keys, victims = self.k[rows], self._ranking[rows]
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        leaving = keys.gather(2, victims.unsqueeze(-1).expand(-1, keys.shape[1], -1, keys.shape[-1]))
+        distance = keys.square().sum(-1).unsqueeze(2) - 2 * leaving @ keys.mT  # [rows, H, victims, N], less a constant
+        if self.groups == 1:
+            distance = distance.sum(1, keepdim=True)
+        arrivals = self.arrivals[rows]
+        leave = torch.zeros_like(arrivals, dtype=torch.bool).scatter_(2, victims, True)
+        for held in () if self.order is None else self.order.awaited[self.count]:
+            leave |= arrivals == held
+        never = leave | (arrivals >= self.count - self.columns)
+        never = torch.where(never.all(-1, keepdim=True), leave, never)  # where nothing is older
+        return distance.masked_fill(never.unsqueeze(2), torch.inf).argmin(-1)
+
+    def _merge(self, slot: Tensor, into: Tensor) -> None:
+        """A token that leaves becomes part of another. int64 ``[R, G, 1]`` each."""
+        first, heads = self.condition_slots, self.bias.shape[1]
+        leaves, stays = (index + first for index in (slot, into))
+        numbers = [
+            self.bias.gather(3, index.unsqueeze(2).expand(-1, heads, -1, -1)).squeeze(3) for index in (leaves, stays)
+        ]
+        both = torch.logaddexp(*numbers)  # [R, H, 1]
+        share = (numbers[0] - both).exp().unsqueeze(-1)
+        if self.similarity is not None:
+            self.similarity.remove(into, self._featured.pick(stays))
+        for store in (self.stored_k, self.stored_v):
+            old, new = store.pick(stays), store.pick(leaves)
+            store.put(stays, old + (new - old) * share.to(old.dtype))
+        self.bias.scatter_(3, stays.unsqueeze(2).expand(-1, heads, -1, -1), both.unsqueeze(3))
+        if self.similarity is not None:
+            self.similarity.add(into, self._featured.pick(stays))
+        if self.attention is not None:
+            self.attention.merge(slot, into)
 
     def chosen(self) -> Tensor:
         """Mode "select": prefix, the most worthy previous tokens, and local (Eqs. 1-5), int64 ``[R, G, budget]``."""
-        if self._taken >= self.config.renew_every:
+        if self._taken >= self.renewal:
             previous = slice(self.prefix, self.count - self.local)
             score, arrival = self.policy.score(self)[..., previous], self.arrivals[..., previous]
             ranks = _ranks(score, (1 << ARRIVAL_BITS) - 1 - arrival)
@@ -319,8 +400,9 @@ class Slots:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything allocated, by name."""
-        named = {"bias": self.bias, "places": self._places, "arrivals": self._arrivals, "ranking": self._ranking}
-        for record in (self.similarity, self.attention):
+        named = {"bias": self.bias, "places": self._places, "arrivals": self._arrivals}
+        named |= {"ranking": self._ranking, "into": self._into}
+        for record in (self.similarity, self.attention, self.queries):
             if record is not None:
                 named |= record.tensors()
         named |= self.kv_tensors()
@@ -338,12 +420,11 @@ class Slots:
         def kept(tensor: Tensor) -> Tensor:
             return tensor.unflatten(0, (self.layers, self.batch))[:, :rows].flatten(0, 1).clone()
 
-        for record in (self.stored_k, self.stored_v, self.similarity, self.attention):
+        for record in (self.stored_k, self.stored_v, self.similarity, self.attention, self.queries):
             if record is not None:
                 record.keep(kept)
-        for name in ("_arrivals", "_ranking"):
+        for name in ("bias", "_arrivals", "_ranking", "_into"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, kept(tensor))
-        self.bias = None if self.bias is None else self.bias[:rows].clone()
         self.batch = rows

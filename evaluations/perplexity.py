@@ -58,7 +58,7 @@ def token_losses(
     cond: Tensor,
     emb_masks: Tensor | None = None,
     cache: CacheConfig | None = None,
-    window: int | None = None,
+    zipar_window: int | None = None,
     cfg_scale: float = 1.0,
 ) -> Tensor:
     """The model's loss on each token of images that are given to it token by token, through a KV cache.
@@ -68,15 +68,15 @@ def token_losses(
         tokens: int64 ``[B, N]``, of real images.
         cond, emb_masks: as :func:`~autoregressive.models.generate.generate` takes them.
         cache: what to keep; None: everything.
-        window: of a ZipAR schedule; None: raster order.
+        zipar_window: of a ZipAR schedule; None: raster order.
         cfg_scale: guidance: the loss is that of the guided logits. At 1 there is none.
 
     Returns:
         float32 ``[B, N]``, nats.
     """
     batch, count = tokens.shape
-    kv = new_cache(model, batch, count, emb_masks, cfg_scale, cache, window)
-    schedule = Schedule(count, model.config.grid_size, window)
+    kv = new_cache(model, batch, count, emb_masks, cfg_scale, cache, zipar_window)
+    schedule = Schedule(count, model.config.grid_size, zipar_window)
     guided = cfg_scale > 1.0
     if guided:
         cond = torch.cat([cond, model.null_condition(cond)])
@@ -215,7 +215,7 @@ class Compass:
             tokens, cond, *masks = (part.to(self.device) for part in default_collate(items))
             if cond.is_floating_point():
                 cond = cond.to(self.model.tok_embeddings.weight.dtype)
-            made = token_losses(self.model, tokens, cond, *masks, cache=cache, window=window, cfg_scale=cfg_scale)
+            made = token_losses(self.model, tokens, cond, *masks, cache=cache, zipar_window=window, cfg_scale=cfg_scale)
             losses += made.mean(1).tolist()
         found = settings | {"losses": losses, "seconds": round(time.perf_counter() - start, 3)}
         write_json(path, found)

@@ -22,21 +22,38 @@ def hashed(position: int, head: int) -> float:
     return (x ^ (x >> 16)) / 2**32
 
 
+def moves(cached: list[int], chooser: "Choice") -> np.ndarray:
+    """How far the outputs of the last line's queries move, on average, if a token leaves: by leaving it out."""
+    found, first = [], len(chooser.conditions)
+    for part in range(len(chooser.heads)):
+        distances = []
+        for query in (query for queries in chooser.queries[-chooser.columns :] for query in queries[part]):
+            weights, values = chooser.attention_of(query, part, cached)
+            for i in range(len(cached)):
+                rest = np.arange(len(weights)) != first + i
+                without = weights[rest] @ values[rest] / weights[rest].sum()
+                distances.append(np.linalg.norm(without - weights @ values))
+        found.append(np.reshape(distances, (-1, len(cached))).mean(0))
+    return np.sqrt(np.square(found).sum(0))
+
+
 def redundancy(policy: str, cached: list[int], chooser: "Choice") -> np.ndarray:
     """How willingly a policy lets go of each cached token before the newest is attended to, higher = sooner."""
-    values, keys = [chooser.values[j] for j in cached], [chooser.keys[j] for j in cached]
+    values, keys = [chooser.values[j].ravel() for j in cached], [chooser.keys[j].ravel() for j in cached]
     newest, columns, seen = len(chooser.values) - 1, chooser.columns, chooser.attention
     here, places = chooser.places[newest], [chooser.places[j] for j in cached]
     window = {"tova": 1, "r_kv": 8, "snapkv": 32}.get(policy, 0)  # the last queries; 0: all
     mass = np.array([sum(a.get(j, 0) for a in seen[-window:]) for j in cached])
     if policy == "adsa":
         return mean_similarity(values)
+    if policy == "adsa_plus":
+        return -np.log(moves(cached, chooser))
     if policy == "adsa_inverse":
         return -mean_similarity(values)
     if policy in ("window", "streaming"):
         return -np.array(cached, dtype=float)
     if policy == "random":
-        return -np.array([hashed(j, chooser.head) for j in places])
+        return -np.array([hashed(j, chooser.heads[0]) for j in places])
     if policy == "uniform":
         return np.array([float(int(f"{j:032b}"[::-1], 2)) for j in places]) / 2**32
     if policy == "neighborhood":
@@ -80,9 +97,12 @@ class Choice:
     holds.
     """
 
-    def __init__(self, policy, budget, prefix, local, mode, renew_every, *, head, columns, width=1):
+    def __init__(self, policy, budget, prefix, local, mode, renew_every, merge=False, *, heads, columns, width=1):
+        self.merge, self.heads = merge, heads
+        self.numbers = []  # of tokens that each stands for
+        self.queries, self.conditions = [], []  # [its heads, queries of one, D]; values [its heads, D]
         self.policy, self.budget, self.prefix, self.local = policy, budget, prefix, local
-        self.mode, self.renew_every, self.head, self.columns, self.width = mode, renew_every, head, columns, width
+        self.mode, self.renew_every, self.columns, self.width = mode, renew_every, columns, width
         self.keys, self.values, self.places = [], [], []
         self.attention = []  # {arrival: weight} of each query
         self.stand_ins = set()  # arrivals that wait for the place's own token
@@ -98,6 +118,7 @@ class Choice:
             self.keys.append(key)
             self.values.append(value)
             self.places.append(place)
+            self.numbers.append(1)
             if index == 0 and self.mode == "evict" and surplus > 0 and self.policy != "full":
                 victims = self.victims(surplus)
             own = [j for j in self.stand_ins if self.places[j] == place]
@@ -106,21 +127,49 @@ class Choice:
                 self.cached[self.cached.index(own[0])] = p
                 continue
             if self.mode == "evict" and self.policy != "full" and len(self.cached) == self.budget:
-                self.cached.remove(victims.pop(0))
+                victim, target = victims.pop(0)
+                self.cached.remove(victim)
+                if self.merge:
+                    self.join(victim, target)
             self.cached.append(p)
             if stands_in:
                 self.stand_ins.add(p)
         return self.selected(p) if self.mode == "select" and self.policy != "full" else list(self.cached)
 
-    def victims(self, count: int) -> list[int]:
-        """Of those that were there before the newest; one ranking serves several steps, and at least one."""
+    def attention_of(self, query, part, visible):
+        """Weights of the condition tokens and of these, and their values."""
+        keys = [self.keys[j][part] for j in visible]
+        scores = [
+            query @ key / np.sqrt(len(query)) + np.log(self.numbers[j]) for key, j in zip(keys, visible, strict=True)
+        ]
+        values = [value[part] for value in self.conditions] + [self.values[j][part] for j in visible]
+        return softmax(np.array([0.0] * len(self.conditions) + scores)), np.array(values)
+
+    def join(self, victim: int, target: int) -> None:
+        """One token stands for two: the mean of both, by the numbers that they stand for, and all their attention."""
+        n, m = self.numbers[victim], self.numbers[target]
+        for x in (self.keys, self.values):
+            x[target] = (n * x[victim] + m * x[target]) / (n + m)
+        self.numbers[target] = n + m
+        for weights in self.attention:
+            weights[target] = weights.get(target, 0) + weights.pop(victim, 0)
+
+    def victims(self, count: int) -> list[tuple[int, int | None]]:
+        """Of those that were there before the newest, and what each is merged into.
+
+        One ranking serves several steps, and at least one.
+        """
         p = len(self.values) - 1
         most = max(self.renew_every, self.width)
         if most - len(self.queue) >= self.renew_every or len(self.queue) < count:
             scores = redundancy(self.policy, self.cached, self)
             previous = [j for j in self.cached[self.prefix :] if j <= p - self.local and j not in self.stand_ins]
             scores = np.array([scores[self.cached.index(j)] for j in previous])
-            self.queue = by_worth(scores, previous, highest_first=True)[:most]
+            leaving = by_worth(scores, previous, highest_first=True)[:most]
+            stay = [j for j in self.cached if j not in leaving and j not in self.stand_ins]
+            stay = [j for j in stay if j < p - self.columns] or stay
+            nearest = [min(stay, key=lambda j, i=i: np.linalg.norm(self.keys[i] - self.keys[j])) for i in leaving]
+            self.queue = list(zip(leaving, nearest, strict=True))
         found, self.queue = self.queue[:count], self.queue[count:]
         return found
 
@@ -153,45 +202,36 @@ class Attention:
     """
 
     def __init__(self, n_head, n_kv_head, columns, choice, granularity):
-        self.n_head, self.n_kv = n_head, n_kv_head
-        choosers = n_kv_head if granularity == "head" else 1
-        self.choices = [Choice(**choice, head=head, columns=columns) for head in range(choosers)]
+        self.n_head, self.n_kv, self.shared = n_head, n_kv_head, n_head // n_kv_head
+        heads = [[head] for head in range(n_kv_head)] if granularity == "head" else [list(range(n_kv_head))]
+        self.choices = [Choice(**choice, heads=mine, columns=columns) for mine in heads]
         self.conditions = []  # values [H, D] of valid condition tokens
-        self.keys, self.values = [], []  # of image tokens, [H, D], by arrival
 
     def condition(self, v):
         """``[Hq, D]`` of one condition token: queries and keys are zero, so it is the mean over them so far."""
         self.conditions.append(v)
-        return np.repeat(np.mean(self.conditions, axis=0), self.n_head // self.n_kv, axis=0)
+        for chooser in self.choices:
+            chooser.conditions.append(v[chooser.heads])
+        return np.repeat(np.mean(self.conditions, axis=0), self.shared, axis=0)
 
     def images(self, tokens):
         """``[Hq, D]`` of each of the tokens that come at once: (q ``[Hq, D]``, k, v ``[H, D]``, place, stands in)."""
-        self.keys += [k for _, k, _, _, _ in tokens]
-        self.values += [v for _, _, v, _, _ in tokens]
-        parts = range(self.n_kv) if len(self.choices) > 1 or self.n_kv == 1 else [slice(None)]
-        seen = [
-            choice.enter([(k[part].ravel(), v[part].ravel(), place, held) for _, k, v, place, held in tokens])
-            for choice, part in zip(self.choices, parts, strict=True)
-        ]
-        return [self.attend(q, v, seen, place) for q, _, v, place, _ in tokens]
-
-    def attend(self, q, v, seen, place):
-        """``[Hq, D]`` of one token: over those that its chooser lets it see, up to its place."""
-        choices = self.choices
-        out, records = [], [{} for _ in choices]
-        for head in range(self.n_head):
-            h = head // (self.n_head // self.n_kv)
-            visible = [j for j in seen[h % len(seen)] if choices[0].places[j] <= place]
-            scores = [0.0] * len(self.conditions) + [q[head] @ self.keys[j][h] / np.sqrt(len(v[h])) for j in visible]
-            values = [c[h] for c in self.conditions] + [self.values[j][h] for j in visible]
-            weights = softmax(np.array(scores))
-            out.append(weights @ np.array(values))
-            record = records[h % len(seen)]
-            for j, weight in zip(visible, weights[len(self.conditions) :], strict=True):
-                record[j] = record.get(j, 0) + weight
-        for chooser, record in zip(choices, records, strict=True):
-            chooser.attention.append(record)
-        return np.array(out)
+        outs = [np.zeros_like(q) for q, *_ in tokens]
+        for chooser in self.choices:
+            mine = chooser.heads
+            seen = chooser.enter([(k[mine], v[mine], place, stands_in) for _, k, v, place, stands_in in tokens])
+            for (q, _, _, place, _), out in zip(tokens, outs, strict=True):
+                visible, record = [j for j in seen if chooser.places[j] <= place], {}
+                queries = q.reshape(self.n_kv, self.shared, -1)[mine]
+                for part, head in enumerate(mine):
+                    for index, query in enumerate(queries[part]):
+                        weights, values = chooser.attention_of(query, part, visible)
+                        out[head * self.shared + index] = weights @ values
+                        for j, weight in zip(visible, weights[len(self.conditions) :], strict=True):
+                            record[j] = record.get(j, 0) + weight
+                chooser.attention.append(record)
+            chooser.queries += [q.reshape(self.n_kv, self.shared, -1)[mine] for q, *_ in tokens]
+        return outs
 
 
 class Decoder:

@@ -1,6 +1,7 @@
 """Eviction policies, by the name that configs use."""
 
 from adsa.policies.adsa import Adsa, AdsaInverse
+from adsa.policies.adsa_plus import AdsaPlus
 from adsa.policies.attention import H2O, Lines, SnapKV, Tova
 from adsa.policies.base import Policy
 from adsa.policies.keys import RKV, KeyDiff, KNorm
@@ -11,6 +12,7 @@ _ALL = (
     Full(),
     Adsa(),
     AdsaInverse(),
+    AdsaPlus(),
     Window(),
     Streaming(),
     Random(),

@@ -20,11 +20,18 @@ class Policy:
         similarity_of: "v" or "k", if the cache must keep running similarities of these (``layer.similarity``).
         attention_window: if the cache must remember attention (``layer.attention``): that of how many of the last
             queries, or 0 for all. Such a policy needs :meth:`LayerCache.attend`, which then pays for the weights.
+        query_lines: if the cache must remember queries (``layer.queries``): those of how many lines of the image.
+            Such a policy needs :meth:`LayerCache.attend` as well.
+        merges: whether what leaves is merged into what stays, where the config doesn't say.
+        renewal: how many steps one ranking serves, where the config doesn't say and the budget allows.
     """
 
     name: ClassVar[str]
     similarity_of: ClassVar[Literal["k", "v"] | None] = None
     attention_window: ClassVar[int | None] = None
+    query_lines: ClassVar[int] = 0
+    merges: ClassVar[bool] = False
+    renewal: ClassVar[int] = 1
 
     def split(self, budget: int) -> tuple[int, int]:
         """The (prefix, local) that this policy takes of a budget where the config names none; the paper names none."""

@@ -18,14 +18,14 @@ def new_cache(
     emb_masks: Tensor | None = None,
     cfg_scale: float = 1.0,
     cache: CacheConfig | None = None,
-    window: int | None = None,
+    zipar_window: int | None = None,
 ) -> KVCache:
     """The cache that :func:`generate` makes for these arguments; ``batch`` counts images."""
     if emb_masks is not None and model.config.model_type == "c2i":
         raise ValueError("a class-conditional model has no text to mask: emb_masks must be None")
     rows = 2 if cfg_scale > 1.0 else 1
     valid = None if emb_masks is None else emb_masks.bool().repeat(rows, 1)
-    order = Schedule(max_new_tokens, model.config.grid_size, window).order
+    order = Schedule(max_new_tokens, model.config.grid_size, zipar_window).order
     return model.new_cache(cache or CacheConfig(policy="full"), rows * batch, max_new_tokens, valid, order)
 
 
@@ -68,7 +68,7 @@ def generate(
     seeds: Tensor | None = None,
     kv: KVCache | None = None,
     start: Tensor | None = None,
-    window: int | None = None,
+    zipar_window: int | None = None,
 ) -> Tensor:
     """Sample image tokens.
 
@@ -80,7 +80,7 @@ def generate(
             half alike, as LlamaGen does.
         cfg_scale: guidance: logits = uncond + (cond - uncond) * cfg_scale. At 1 or less there is no unconditional half.
         cfg_interval: if above -1, guidance ends after this many decode steps (0 is the second token), and so does the
-            computation of the unconditional half. Steps are passes where a ``window`` makes these fewer.
+            computation of the unconditional half. Steps are passes, of which ZipAR has fewer.
         temperature, top_k, top_p: applied in this order; top_k = 0 and top_p = 1 are off.
         sample_logits: draw; if False, take the most likely token.
         cache: what to keep (:class:`adsa.CacheConfig`). None: everything.
@@ -90,7 +90,8 @@ def generate(
             ``cache``, which are then not given. None: made here.
         start: int ``[B, n]``, n up to N: the first n tokens are these, and the others keep the noise of their steps. So
             an image that starts with its own first tokens and has its own seed is that image. None: all are drawn.
-        window: decode several rows at once (:class:`~autoregressive.models.schedule.Schedule`). None: raster order.
+        zipar_window: decode several rows at once (:class:`~autoregressive.models.schedule.Schedule`); None: raster
+            order.
 
     Returns:
         int64 ``[B, N]`` on the device of ``cond``. While decoding, tokens leave for host memory (section 4.2 of the
@@ -110,9 +111,9 @@ def generate(
     seeds = torch.randint(2**62, (batch,)) if seeds is None else torch.as_tensor(seeds)
     if seeds.shape != (batch,):
         raise ValueError(f"seeds of shape {[*seeds.shape]} for {batch} images: generate takes one per image")
-    schedule = Schedule(max_new_tokens, model.config.grid_size, window)
+    schedule = Schedule(max_new_tokens, model.config.grid_size, zipar_window)
     if kv is None:
-        kv = new_cache(model, batch, max_new_tokens, emb_masks, cfg_scale, cache, window)
+        kv = new_cache(model, batch, max_new_tokens, emb_masks, cfg_scale, cache, zipar_window)
     elif emb_masks is not None or cache is not None:
         raise ValueError("emb_masks and cache belong to new_cache when kv is given")
     elif (kv.used, kv.batch, kv.order) != (
@@ -122,8 +123,8 @@ def generate(
     ) or kv.max_tokens < max_new_tokens:
         raise ValueError(
             f"kv is {'used' if kv.used else 'unused'} and has {kv.batch} rows for {kv.max_tokens} tokens; needed is an "
-            f"unused one for {batch} images, cfg_scale {cfg_scale}, {max_new_tokens} tokens and window {window}: make "
-            f"it by new_cache"
+            f"unused one for {batch} images, cfg_scale {cfg_scale}, {max_new_tokens} tokens and zipar_window "
+            f"{zipar_window}: make it by new_cache"
         )
     given = 0
     known = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)

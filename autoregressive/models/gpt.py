@@ -279,6 +279,7 @@ class Transformer(nn.Module):
             n_layer=self.config.n_layer,
             batch=batch,
             n_kv_head=self.config.kv_heads,
+            n_head=self.config.n_head,
             head_dim=self.config.head_dim,
             condition_tokens=self.config.cls_token_num,
             max_tokens=max_tokens,

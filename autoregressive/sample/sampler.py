@@ -182,7 +182,7 @@ class Sampler:
         torch.backends.cudnn.deterministic = True
         model = blueprint.options
         try:  # an impossible cache or window is told before weights are read
-            new_cache(blueprint.gpt, 1, blueprint.tokens, cache=self.cache, window=self.sampling.zipar_window)
+            new_cache(blueprint.gpt, 1, blueprint.tokens, cache=self.cache, zipar_window=self.sampling.zipar_window)
         except ValueError as error:
             raise OptionError(str(error)) from error
         self.gpt: Transformer = load_model(
@@ -249,7 +249,7 @@ class Sampler:
                 seeds=seeds,
                 kv=kv,
                 start=start,
-                window=window,
+                zipar_window=window,
             )
 
     def images(self, tokens: Tensor, size: int) -> np.ndarray:

@@ -22,9 +22,11 @@ def config(policy, granularity="head", mode="evict", renew_every=1, **kwargs):
     return CacheConfig(policy, granularity=granularity, mode=mode, renew_every=renew_every, **split | kwargs)
 
 
-def layer(cfg, tokens=TOKENS, condition=1, dtype=torch.float64, valid=None, batch=B, device="cpu") -> LayerCache:
+def layer(
+    cfg, tokens=TOKENS, condition=1, dtype=torch.float64, valid=None, batch=B, device="cpu", heads=H
+) -> LayerCache:
     shape = {"batch": batch, "n_kv_head": H, "head_dim": D, "condition_tokens": condition, "max_tokens": tokens}
-    return LayerCache(Slots(cfg, dtype=dtype, device=device, valid=valid, **shape))
+    return LayerCache(Slots(cfg, dtype=dtype, device=device, valid=valid, n_head=heads, **shape))
 
 
 def stream(tokens=TOKENS, heads=H, batch=B, condition=1, dtype=torch.float64, seed=0):
@@ -59,7 +61,16 @@ def test_rows_are_independent(way):
 
 
 @pytest.mark.parametrize(
-    "way", [("head", "evict", 1), ("layer", "evict", 4), ("head", "select", 4), ("layer", "select", 1)], ids=str
+    "way",
+    [
+        ("head", "evict", 1, False),
+        ("head", "evict", 3, True),
+        ("layer", "evict", 4, False),
+        ("layer", "evict", 1, True),
+        ("head", "select", 4, None),
+        ("layer", "select", 1, None),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("policy", BOUNDED)
 def test_every_step_equals_brute_force(policy, way):
@@ -68,16 +79,18 @@ def test_every_step_equals_brute_force(policy, way):
     q, k, v = stream(tokens, heads=queries)
     q[..., :20, 0] += 4  # what was attended to is not any more, so that windows differ from sums of all
     q[..., 20:, 0] -= 4
-    cache = layer(config(policy, *way), tokens)
+    granularity, mode, renew_every, merge = way
+    cache = layer(config(policy, granularity, mode, renew_every, merge=merge), tokens, heads=queries)
     out = [cache.attend(q[:, :, :1], k[:, :, :1], v[:, :, :1])]
     for t in range(1, 1 + tokens):
         if t == 40:
             q, k, v = q[:-1], k[:-1], v[:-1]
             cache.slots.keep_rows(B - 1)
         out.append(cache.attend(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1]))
-    choice = {"policy": policy, "budget": 16, "prefix": 3, "local": 5, "mode": way[1], "renew_every": way[2]}
+    choice = {"policy": policy, "budget": 16, "prefix": 3, "local": 5, "mode": mode, "renew_every": renew_every}
+    choice["merge"] = bool(merge)
     for row in range(B - 1):
-        literal = Attention(queries, H, 8, choice, way[0])
+        literal = Attention(queries, H, 8, choice, granularity)
         literal.condition(v[row, :, 0].numpy())
         for t in range(1, 1 + tokens):
             token = (*(x[row, :, t].numpy() for x in (q, k, v)), t - 1, False)
@@ -127,7 +140,7 @@ def test_dense_is_causal_attention():
 def test_evicting_cache_holds_what_it_says(way):
     """Prefix and local always present, positions distinct, slots hold the token of their position, no memory grows."""
     q, k, v = stream()
-    cache = layer(config(*way))
+    cache = layer(config(*way, merge=False))
     start = {name: (t.data_ptr(), t.shape) for name, t in cache.slots.tensors().items()}
 
     def watch(cache):
@@ -304,11 +317,13 @@ def test_nbytes(policy, mode, renew_every, dtype):
     slots = TOKENS if mode == "select" else budget
     keys_and_values = 2 * 4 * B * H * (1 + slots) * D * dtype.itemsize
     positions = 0 if slots == TOKENS else 4 * B * H * slots * 4
-    order = 0 if policy == "full" else 4 * B * H * 8 * (8 if mode == "select" else renew_every * (renew_every > 1))
+    order = 0 if policy == "full" else 4 * B * H * 8 * (8 if mode == "select" else renew_every)
     sums = 4 * B * H * (D + slots) * 4 if POLICIES[policy].similarity_of else 0
     window = POLICIES[policy].attention_window
     attention = 0 if window is None else 4 * B * H * max(1, window) * slots * 4
-    expected = keys_and_values + positions + order + sums + attention
+    queries = 4 * B * H * 6 * D * dtype.itemsize if POLICIES[policy].query_lines else 0  # of a line of 6
+    merging = 4 * B * H * ((1 + slots) * 4 + renew_every * 8) if cfg.merges else 0
+    expected = keys_and_values + positions + order + sums + attention + queries + merging
     assert kv.slots == budget
     assert kv.kv_nbytes() == keys_and_values
     assert kv.nbytes() == expected

@@ -85,7 +85,7 @@ def test_policies_equal_brute_force(policy, mode, granularity, renew_every, n_kv
         prefix, local = {"window": (0, 14 - 3), "streaming": (4, 14 - 4 - 3)}.get(policy, (3, 5))
         cache = CacheConfig(policy, budget, prefix, local, granularity, mode, renew_every)
     choice = {"policy": policy, "budget": budget, "prefix": prefix, "local": local}
-    choice |= {"mode": mode, "renew_every": renew_every}
+    choice |= {"mode": mode, "renew_every": renew_every, "merge": mode == "evict" and POLICIES[policy].merges}
     noise = uniform_noise(seeds, TOKENS)
     tokens = generate(model, torch.tensor(LABELS), TOKENS, cfg_scale=1.5, cache=cache, seeds=seeds)
     assert tokens.tolist() == expected(model, choice, granularity, 1.5, noise)

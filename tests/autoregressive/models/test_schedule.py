@@ -43,8 +43,8 @@ def settings(policy, granularity, renew_every=1, budget=18):
     choice = {"policy": policy, "budget": budget, "prefix": prefix, "local": local, "mode": "evict"}
     if policy == "full":
         return CacheConfig("full"), choice | {"prefix": 0, "local": 0, "renew_every": 1}
-    cache = CacheConfig(granularity=granularity, renew_every=renew_every, **choice)
-    return cache, choice | {"renew_every": renew_every}
+    choice |= {"renew_every": renew_every, "merge": POLICIES[policy].merges}
+    return CacheConfig(granularity=granularity, **choice), choice
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -55,7 +55,7 @@ def settings(policy, granularity, renew_every=1, budget=18):
 def test_equals_brute_force(policy, window, granularity, n_kv_head, renew_every):
     model, seeds = tiny(n_kv_head=n_kv_head), torch.tensor([5, 6, 7])
     cache, choice = settings(policy, granularity, renew_every)
-    tokens = generate(model, torch.tensor(LABELS), TOKENS, cfg_scale=1.5, cache=cache, seeds=seeds, window=window)
+    tokens = generate(model, torch.tensor(LABELS), TOKENS, cfg_scale=1.5, cache=cache, seeds=seeds, zipar_window=window)
     noise = uniform_noise(seeds, TOKENS)
     assert tokens.tolist() == expected(model, choice, granularity, 1.5, noise, window)
 
@@ -65,14 +65,16 @@ def test_equals_brute_force(policy, window, granularity, n_kv_head, renew_every)
 def test_greedy_and_other_windows_equal_brute_force(window, cfg_scale):
     model = tiny()
     cache, choice = settings("adsa", "head", budget=20)
-    options = {"cfg_scale": cfg_scale, "sample_logits": False, "window": window}
+    options = {"cfg_scale": cfg_scale, "sample_logits": False, "zipar_window": window}
     tokens = generate(model, torch.tensor(LABELS), TOKENS, cache=cache, **options)
     assert tokens.tolist() == expected(model, choice, "head", cfg_scale, None, window)
 
 
 def test_the_window_changes_the_image():
     model, seeds = tiny(), torch.arange(3)
-    made = [generate(model, torch.tensor(LABELS), TOKENS, seeds=seeds, window=window).tolist() for window in (6, 4, 2)]
+    made = [
+        generate(model, torch.tensor(LABELS), TOKENS, seeds=seeds, zipar_window=window).tolist() for window in (6, 4, 2)
+    ]
     assert (
         made[0] != made[1] != made[2] and made[0] == generate(model, torch.tensor(LABELS), TOKENS, seeds=seeds).tolist()
     )
@@ -82,7 +84,7 @@ def test_the_window_changes_the_image():
 def test_images_go_on_from_their_own_tokens(policy):
     model, seeds = tiny(), torch.arange(3)
     cache, _ = settings(policy, "head")
-    options = {"seeds": seeds, "cache": cache, "window": 2, "cfg_scale": 1.5}
+    options = {"seeds": seeds, "cache": cache, "zipar_window": 2, "cfg_scale": 1.5}
     whole = generate(model, torch.tensor(LABELS), TOKENS, **options)
     for n in (1, 8, 25):
         assert torch.equal(generate(model, torch.tensor(LABELS), TOKENS, start=whole[:, :n], **options), whole)
@@ -93,9 +95,9 @@ def test_memory_keeps_within_the_budget(policy):
     """The places that stand-ins hold are given to the tokens they stand for: no slot more than in raster order."""
     model = tiny()
     cache, _ = settings(policy, "head")
-    kv = new_cache(model, 3, TOKENS, cache=cache, window=2)
+    kv = new_cache(model, 3, TOKENS, cache=cache, zipar_window=2)
     before = kv.nbytes()
-    generate(model, torch.tensor(LABELS), TOKENS, kv=kv, window=2)
+    generate(model, torch.tensor(LABELS), TOKENS, kv=kv, zipar_window=2)
     layer = kv.layers[0]
     assert kv.nbytes() == before and layer.slots.filled == min(TOKENS - 1, kv.slots)
     for places in layer.positions.flatten(0, 1).tolist():
@@ -107,8 +109,8 @@ def test_teacher_forcing_follows_the_schedule():
     model = tiny()
     tokens = torch.randint(24, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     raster = token_losses(model, tokens, torch.tensor([1, 2]))
-    assert torch.equal(token_losses(model, tokens, torch.tensor([1, 2]), window=6), raster)
-    ahead = token_losses(model, tokens, torch.tensor([1, 2]), window=2)
+    assert torch.equal(token_losses(model, tokens, torch.tensor([1, 2]), zipar_window=6), raster)
+    ahead = token_losses(model, tokens, torch.tensor([1, 2]), zipar_window=2)
     assert torch.allclose(ahead[:, : 2 * GRID], raster[:, : 2 * GRID])  # two rows go in raster order
     assert not torch.isclose(ahead[:, 2 * GRID :], raster[:, 2 * GRID :]).any(1).all()
 
@@ -125,10 +127,10 @@ def test_teacher_forcing_follows_the_schedule():
 )
 def test_what_cannot_be_is_told(tokens, cache, window, message):
     with pytest.raises(ValueError, match=message):
-        generate(tiny(), torch.tensor(LABELS), tokens, cache=cache, window=window)
+        generate(tiny(), torch.tensor(LABELS), tokens, cache=cache, zipar_window=window)
 
 
 def test_a_cache_of_another_schedule_is_refused():
     model = tiny()
-    with pytest.raises(ValueError, match="window 2: make it by new_cache"):
-        generate(model, torch.tensor(LABELS), TOKENS, kv=new_cache(model, 3, TOKENS), window=2)
+    with pytest.raises(ValueError, match="zipar_window 2: make it by new_cache"):
+        generate(model, torch.tensor(LABELS), TOKENS, kv=new_cache(model, 3, TOKENS), zipar_window=2)
