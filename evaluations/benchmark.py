@@ -136,7 +136,7 @@ def cache_config(name: str, room: int) -> "CacheConfig":
             f"budget is {room}"
         )
     try:
-        return CacheConfig(parts[1], int(parts[2]), renew_every=int(parts[3] or 1))
+        return CacheConfig(parts[1], int(parts[2]), renew_every=int(parts[3]) if parts[3] else None)
     except ValueError as error:
         raise OptionError(f"--caches: {name}: {error}") from None
 

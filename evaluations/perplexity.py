@@ -191,7 +191,8 @@ class Compass:
         path = self.folder / f"{name}.json"
         prefix, local = cache.split
         settings = {
-            "cache": asdict(cache) | {"prefix": prefix, "local": local},
+            "cache": asdict(cache)
+            | {"prefix": prefix, "local": local, "renew_every": cache.renewal, "merge": cache.merges},
             "window": window,
             "cfg_scale": cfg_scale,
             "identity": self.identity,

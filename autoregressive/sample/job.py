@@ -270,8 +270,9 @@ _FREE = {
 def run_settings(options: Options, blueprint: Blueprint, device: torch.device) -> dict[str, Any]:
     """All that the images depend on, {dotted name: value}; checkpoints by what is in them, not by where they lie."""
     sections = options.values()
-    prefix, local = options.cache_config().split
-    sections["cache"] |= {"prefix": prefix, "local": local}  # as they are, and not None for the policy's own
+    cache = options.cache_config()
+    prefix, local = cache.split  # as they are, and not None for the policy's own
+    sections["cache"] |= {"prefix": prefix, "local": local, "renew_every": cache.renewal, "merge": cache.merges or None}
     flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     kept = {key: value for key, value in flat.items() if key not in _FREE}
     return kept | blueprint.fingerprints() | {"device": device.type}

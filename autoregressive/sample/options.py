@@ -187,7 +187,13 @@ class CacheOptions:
         "evict: what leaves is gone; select: all stay in memory, chosen anew each step",
         choices=("evict", "select"),
     )
-    renew_every: int = option(1, "steps that one ranking serves; 1 is the paper", metavar="STEPS")
+    renew_every: int | None = option(
+        None, "steps that one ranking serves; 1 is the paper; default: the policy's", metavar="STEPS"
+    )
+    merge: bool | None = option(
+        None,
+        "merge what leaves into the nearest key of those that stay; default: the policy's, of which adsa_plus does",
+    )
     dtype: str | None = option(
         None, "of keys and values; int8 and int4: integers with scales; default: the model's", choices=tuple(DTYPES)
     )
