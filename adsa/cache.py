@@ -161,7 +161,10 @@ class LayerCache:
 
     def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and bias of all that is here, as :meth:`update` returns them."""
-        return self.slots.held(self.rows)
+        keys, values, bias = self.slots.held(self.rows)
+        if (hidden := self.slots.hidden) is not None:
+            bias = hidden[self.rows] if bias is None else hidden[self.rows] + bias
+        return keys, values, bias
 
     def _selection(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and bias of condition, prefix, the chosen, and local (Eqs. 1-5)."""
@@ -253,9 +256,13 @@ class KVCache:
         """Slots that the condition takes, beside the budget."""
         return self.layers[0].slots.condition_slots
 
+    def tensors(self) -> list[Tensor]:
+        """Everything allocated."""
+        return [tensor for slots in self._all for tensor in slots.tensors().values()]
+
     def nbytes(self) -> int:
         """Bytes really allocated, by the storages behind the tensors, bookkeeping included."""
-        storages = [tensor.untyped_storage() for slots in self._all for tensor in slots.tensors().values()]
+        storages = [tensor.untyped_storage() for tensor in self.tensors()]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def kv_nbytes(self) -> int:

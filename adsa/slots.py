@@ -148,7 +148,7 @@ class Slots:
         if self.evicts or order is not None:
             arrivals = torch.arange(self.capacity, dtype=torch.int32, device=device)
             self._arrivals = arrivals.expand(rows, self.groups, -1).contiguous()
-        if self.selects or self.evicts:
+        if self.selects or (self.evicts and (self._ranked > 1 or self.merges)):
             named = self.budget - self.prefix - self.local if self.selects else self._ranked
             self._ranking = torch.zeros(rows, self.groups, named, dtype=torch.int64, device=device)
         self._into = self.queries = None
@@ -236,12 +236,10 @@ class Slots:
     def held(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of all that is here, ``[rows, H, C + N, D]``, condition first, and what is added to scores.
 
-        The last is ``[rows, 1 or H, 1 or S, C + N]``, S being the tokens that came in last, or None.
+        The last is ``[rows, 1 or H, 1, C + N]`` or None.
         """
         end = self.condition_slots + self.filled
         bias = None if self.bias is None else self.bias[rows, ..., :end]
-        if self.hidden is not None:
-            bias = self.hidden[rows] if bias is None else self.hidden[rows] + bias
         return self.stored_k.read(0, end, rows), self.stored_v.read(0, end, rows), bias
 
     # A step: tokens of all layers come in.
@@ -318,10 +316,10 @@ class Slots:
                 stays = stays | (arrivals == held)
             ranks = _ranks(self.policy.score(self)[..., first:], arrivals).add(stays, alpha=_NEVER)
             self._taken = 0
-            if self._ranked == 1:
-                self._ranking.copy_(ranks.argmin(-1, keepdim=True) + first)
-            else:
-                self._ranking.copy_(ranks.topk(self._ranked, largest=False, sorted=True).indices + first)
+            if self._ranking is None:
+                self._taken = 1
+                return ranks.argmin(-1, keepdim=True) + first, None
+            self._ranking.copy_(ranks.topk(self._ranked, largest=False, sorted=True).indices + first)
             if self.merges:
                 self._into.copy_(torch.cat([self._nearest(rows) for rows in self.chunks()]))
         taken = slice(self._taken, self._taken + tokens)

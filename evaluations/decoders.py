@@ -94,7 +94,7 @@ class UpstreamCache:
     def __init__(self, model: Transformer, batch: int, tokens: int):
         args, weight = model.config, model.tok_embeddings.weight
         length = -(-(args.cls_token_num + tokens) // 8) * 8
-        self.batch, self.max_tokens, self.used = batch, tokens, False
+        self.batch, self.max_tokens, self.used, self.order = batch, tokens, False, None
         self.mask = torch.ones(length, length, dtype=torch.bool, device=weight.device).tril().repeat(batch, 1, 1)
         shape = (batch, args.kv_heads, length, args.head_dim)
         self.layers = [UpstreamLayer(self, shape, weight.dtype, weight.device) for _ in range(args.n_layer)]
@@ -151,7 +151,7 @@ class HFCache:
     """A cache of transformers, with what :func:`generate` asks of a cache."""
 
     def __init__(self, past: Any, rows: int, tokens: int):
-        self.past, self.batch, self.max_tokens, self.used = past, rows, tokens, False
+        self.past, self.batch, self.max_tokens, self.used, self.order = past, rows, tokens, False, None
 
     def kv_nbytes(self) -> int:
         """Bytes of keys and values; 0 before the first token, as transformers allocates then."""

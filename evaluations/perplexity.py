@@ -72,7 +72,7 @@ def token_losses(
         cfg_scale: guidance: the loss is that of the guided logits. At 1 there is none.
 
     Returns:
-        float32 ``[B, N]``, nats.
+        ``[B, N]``, nats, at least float32.
     """
     batch, count = tokens.shape
     kv = new_cache(model, batch, count, emb_masks, cfg_scale, cache, zipar_window)
@@ -80,7 +80,8 @@ def token_losses(
     guided = cfg_scale > 1.0
     if guided:
         cond = torch.cat([cond, model.null_condition(cond)])
-    losses = torch.empty(batch, count, device=tokens.device)
+    wide = torch.promote_types(model.tok_embeddings.weight.dtype, torch.float32)
+    losses = torch.empty(batch, count, dtype=wide, device=tokens.device)
     for logits, positions in logits_of(model, cond, kv, schedule, tokens):
         logits = guide(logits, cfg_scale) if guided else logits
         for index, position in enumerate(positions):

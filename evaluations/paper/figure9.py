@@ -143,15 +143,14 @@ def measure(shape: Shape, config: CacheConfig, images: int, device: str) -> dict
     args, guidance = gpt.config, 2.0 if shape.guided else 1.0
     masks = torch.ones(images, args.cls_token_num) if args.cls_token_num > 1 else None
     kv = new_cache(gpt, images, args.block_size, masks, guidance, config)
-    for layer in kv.layers:
-        for tensor in layer.tensors().values():
-            tensor.fill_(1)  # or the system would not give the memory
+    for tensor in kv.tensors():
+        tensor.fill_(1)  # or the system would not give the memory
     cache = in_use(device) - base - weights
 
     for layer in kv.layers:  # as full as they are before the last token
         zeros = torch.zeros(1, device=device).expand(kv.batch, args.kv_heads, args.cls_token_num, args.head_dim)
         layer.insert_condition(zeros, zeros)
-        layer.count = min(layer.capacity, args.block_size - 1)
+        layer.count = layer.slots.count = layer.slots.filled = min(layer.slots.capacity, args.block_size - 1)
     token = torch.zeros(kv.batch, 1, dtype=torch.long, device=device)
     position = torch.tensor([args.cls_token_num + args.block_size - 1], device=device)
     with torch.no_grad():

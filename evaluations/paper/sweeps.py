@@ -91,13 +91,17 @@ def numbers_of_bits(budgets: Sequence[int]) -> dict[tuple[str, str, int | None],
     }
 
 
-def windows(columns: int, budgets: Sequence[int]) -> dict[tuple[int, int | None], Setting]:
-    """ZipAR: {(window, budget or None: dense): setting}."""
-    made = {}
+def windows(blueprint: Blueprint, budgets: Sequence[int]) -> dict[tuple[int, str], Setting]:
+    """ZipAR: {(window, name of a cache): setting}, but for budgets that are too small for the tokens of a pass."""
+    made, columns = {}, blueprint.grid
+    caches = [CacheConfig("full"), *(CacheConfig(name, budget) for budget in budgets for name in ("adsa", "adsa_plus"))]
     for window in sorted({columns, *(columns * part // 6 for part in (1, 2, 3, 4, 5))}, reverse=True):
-        for budget in (None, *budgets):
-            cache = CacheConfig("full") if budget is None else CacheConfig("adsa", budget)
-            made[window, budget] = Setting(cache, window=None if window == columns else window)
+        for cache in caches:
+            try:
+                new_cache(blueprint.gpt, 1, blueprint.tokens, cache=cache, zipar_window=window)
+            except ValueError:
+                continue
+            made[window, cache_name(cache)] = Setting(cache, window=None if window == columns else window)
     return made
 
 
@@ -175,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     of_splits = {budget: splits(budget) for budget in detail}
     with known():
         of_choices = {budget: choices(budget, task.options().sampling.cfg_scale) for budget in detail}
-    bits, ahead = numbers_of_bits(budgets), windows(blueprint.grid, detail)
+    bits, ahead = numbers_of_bits(budgets), windows(blueprint, detail)
     wanted = [setting for found in (own, common, *of_splits.values(), bits, ahead) for setting in found.values()]
     wanted += [setting for found in of_choices.values() for pair in found.values() for setting in pair]
     with known():
@@ -226,12 +230,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     table = markdown.table(["numbers", "cache", "MiB a row", "more than dense"], lines)
     parts.append(f"## Fewer tokens or fewer bits\n\n{table}\n\n![by bytes](bits.png)")
-    columns = [None, *detail]
+    columns = list(dict.fromkeys(name for _, name in ahead))
     lines = [
-        [str(window), str(passes(blueprint, window)), *(sweep.told(ahead[window, budget]) for budget in columns)]
+        [
+            str(window),
+            str(passes(blueprint, window)),
+            *(sweep.told(ahead[window, name]) if (window, name) in ahead else "-" for name in columns),
+        ]
         for window in sorted({window for window, _ in ahead}, reverse=True)
     ]
-    titles = ["window", "passes", *("dense" if budget is None else f"adsa-{budget}" for budget in columns)]
+    titles = ["window", "passes", *columns]
     parts.append(
         "## Several rows at once (ZipAR)\n\nThe nearer a row follows the row above, the less of that it sees to its "
         f"right; its first token goes on from another row's end.\n\n{markdown.table(titles, lines)}"

@@ -317,7 +317,11 @@ def test_nbytes(policy, mode, renew_every, dtype):
     slots = TOKENS if mode == "select" else budget
     keys_and_values = 2 * 4 * B * H * (1 + slots) * D * dtype.itemsize
     positions = 0 if slots == TOKENS else 4 * B * H * slots * 4
-    order = 0 if policy == "full" else 4 * B * H * 8 * (8 if mode == "select" else renew_every)
+    order = (
+        0
+        if policy == "full"
+        else 4 * B * H * 8 * (8 if mode == "select" else renew_every * (renew_every > 1 or cfg.merges))
+    )
     sums = 4 * B * H * (D + slots) * 4 if POLICIES[policy].similarity_of else 0
     window = POLICIES[policy].attention_window
     attention = 0 if window is None else 4 * B * H * max(1, window) * slots * 4

@@ -23,6 +23,10 @@ from adsa.policies import POLICIES
         ({"budget": 16, "dtype": "int6"}, "dtype must be one of .*, not 'int6' .did you mean 'int8'"),
         ({"budget": 16, "dtype": [1]}, "dtype must be one of"),
         ({"budget": 16, "fold_condition": 1}, "true or false"),
+        ({"budget": 16, "merge": 1}, "merge must be true or false"),
+        ({"budget": 16, "merge": True, "mode": "select"}, 'merge is for mode "evict"'),
+        ({"policy": "full", "merge": True}, "takes no merge"),
+        ({"budget": 4, "prefix": 0, "local": 1, "merge": True, "renew_every": 4}, "has only 3 tokens that may go"),
         ({"bugdet": 16}, "unknown cache key 'bugdet' .did you mean 'budget'"),
     ],
 )
@@ -45,6 +49,21 @@ def test_splits():
     assert CacheConfig("streaming", 256).split == (32, 224)
     assert CacheConfig("window", 256).split == (0, 256)
     assert CacheConfig("window", 256, renew_every=8).split == (0, 249)  # evicting by age, 8 at a time
+    assert CacheConfig("adsa_plus", 96).split == (4, 24)
     assert CacheConfig("full").slots(576) == 576
     assert CacheConfig("adsa", 256).slots(576) == 256
     assert CacheConfig("adsa", 256).slots(100) == 100
+
+
+def test_renewal():
+    assert [CacheConfig("adsa", 96).renewal, CacheConfig("adsa", 96, renew_every=5).renewal] == [1, 5]
+    assert [CacheConfig("adsa_plus", budget).renewal for budget in (96, 16, 5, 1)] == [12, 11, 4, 1]
+    assert CacheConfig("adsa_plus", 96, prefix=60, local=30).renewal == 7  # only seven tokens may go
+    assert CacheConfig("full").renewal == 1
+
+
+def test_merging():
+    assert CacheConfig("adsa_plus", 96).merges and CacheConfig("adsa", 96, merge=True).merges
+    for cache in (CacheConfig("adsa", 96), CacheConfig("adsa_plus", 96, merge=False), CacheConfig("full")):
+        assert not cache.merges
+    assert not CacheConfig("adsa_plus", 96, mode="select").merges

@@ -53,8 +53,6 @@ def test_compares_caches_on_the_same_noise(models, tmp_path, capsys, monkeypatch
         (["--compare", "dens"], "'dens' is neither full nor POLICY-BUDGET"),
         (["--compare", "windw-8"], "did you mean 'window'"),
         (["--zipar-window", "7"], "window must be 1 to 6, the tokens of a row, not 7"),
-        (["--zipar-window", "0"], "zipar_window must be at least 1"),
-        (["--zipar-window", "2", "--compile"], "don't go together"),
         (["--zipar-window", "2", "--cache-policy", "adsa", "--cache-budget", "7"], "budget 7 is too small"),
         (["--class-labels", "11"], "class 11 is not among"),
         (["--output", "{file}/grid.png"], None),

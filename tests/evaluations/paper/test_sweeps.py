@@ -57,15 +57,15 @@ def test_variants_are_what_they_say(name, mode):
     class Watched(type(variants.OfPrevious()) if name == "adsa_previous" else variants.WithCondition):
         def score(self, layer):
             found = super().score(layer)
-            v, places = layer.v[0, 0].numpy(), layer.positions[0, 0].tolist()
+            v, places = layer.v[0, 0].detach().numpy(), layer.positions[0, 0].tolist()
             newest = layer.count - (mode == "select")
             if name == "adsa_previous":
                 counts = [v[i] for i, place in enumerate(places) if 3 <= place <= newest - 5]
             else:
-                counts = [*v, *layer.stored_v.read(0, 4)[0, 0, 1:].numpy()]  # the first is padding
+                counts = [*v, *layer.stored_v.read(0, 4)[0, 0, 1:].detach().numpy()]  # the first is padding
             unit = np.array([x / np.linalg.norm(x) for x in counts])
             expected = (v / np.linalg.norm(v, axis=1, keepdims=True) @ unit.T).sum(1) / layer.filled
-            np.testing.assert_allclose(found[0, 0].numpy(), -expected, atol=1e-8)
+            np.testing.assert_allclose(found[0, 0].detach().numpy(), -expected, atol=1e-8)
             seen.append(layer.count)
             return found
 
