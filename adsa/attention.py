@@ -50,6 +50,6 @@ class AttentionRecord:
     def tensors(self) -> dict[str, Tensor]:
         return {"attention": self.weights}
 
-    def keep_rows(self, rows: int) -> None:
-        """Forget all but the first ``rows`` rows."""
-        self.weights = self.weights[:rows].clone()
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep these rows, in this order. ``rows``: int64 ``[R]``."""
+        self.weights = self.weights.index_select(0, rows)

@@ -26,6 +26,7 @@ from adsa.storage import CODECS, Plain, Storage
 _FRACTION = 2.0**28
 _LARGEST = 2.0**15 - 1
 _POSITION_BITS = 18
+MOST_TOKENS = (1 << _POSITION_BITS) - 1  # image tokens that a cache can tell apart
 _NEVER = 1 << 62  # more than any rank; added, since masked_fill is several times as slow on a CPU
 
 
@@ -75,6 +76,7 @@ class LayerCache:
             then the first and the newest to come.
 
     Attributes:
+        condition_came: condition tokens that came in so far.
         count: image tokens that came in so far.
         filled: how many of them are here.
         capacity: image tokens that there is room for: the budget, or ``max_tokens`` when nothing is ever evicted.
@@ -97,10 +99,8 @@ class LayerCache:
     ):
         if valid is not None and valid.shape != (batch, condition_tokens):
             raise ValueError(f"valid must be [{batch}, {condition_tokens}] (rows, condition), not {[*valid.shape]}")
-        if max_tokens >= 1 << _POSITION_BITS:
-            raise ValueError(
-                f"max_tokens {max_tokens} is beyond the {1 << _POSITION_BITS} positions a cache can tell apart"
-            )
+        if max_tokens > MOST_TOKENS:
+            raise ValueError(f"max_tokens {max_tokens} is beyond the {MOST_TOKENS} tokens a cache can tell apart")
         dtype = config.torch_dtype or dtype
         self.config = config
         self.policy = config.rule
@@ -115,7 +115,7 @@ class LayerCache:
 
         # What is added to scores takes the queries' dtype, but on the CPU, whose kernels take float32 as well.
         wide = torch.promote_types(dtype, torch.float32) if torch.device(device).type == "cpu" else dtype
-        self.condition_tokens = condition_tokens
+        self.condition_tokens, self.condition_came = condition_tokens, 0
         self.folds = config.fold_condition and condition_tokens > 1
         self.condition_slots = fold_bias(torch.ones(1), wide).shape[-1] if self.folds else condition_tokens
         size = self.condition_slots + self.capacity
@@ -126,7 +126,6 @@ class LayerCache:
         self._bias = None
         if self.folds or valid is not None:
             self._bias = torch.zeros(batch, 1, 1, size, dtype=wide, device=device)
-        self._has_condition = condition_tokens == 0
         self._valid = None if valid is None else valid.to(device=device, dtype=torch.bool)
 
         joint = config.granularity == "layer"
@@ -177,7 +176,7 @@ class LayerCache:
 
     @property
     def used(self) -> bool:
-        return self.count > 0 or (self._has_condition and self.condition_tokens > 0)
+        return self.count > 0 or self.condition_came > 0
 
     @property
     def newest(self) -> int:
@@ -241,6 +240,10 @@ class LayerCache:
             ``[B, Hq, S, D]``, in the dtype of ``q``.
         """
         if not self._has_condition:
+            if k.shape[2] != self.condition_tokens:
+                raise ValueError(
+                    f"attend takes all {self.condition_tokens} condition tokens at once, and these are {k.shape[2]}"
+                )
             mask = self._condition_mask(q)
             self.insert_condition(k, v)
             return _attention(q, k, v, mask)
@@ -248,21 +251,29 @@ class LayerCache:
         attend = _attention if self.attention is None else self._watched_attention
         return attend(q.to(keys.dtype), keys, values, bias).to(q.dtype)
 
+    @property
+    def _has_condition(self) -> bool:
+        return self.condition_came == self.condition_tokens
+
     def insert_condition(self, k: Tensor, v: Tensor) -> None:
-        """Store the condition tokens, folded into one slot if the config says so. ``k``, ``v``: ``[B, H, T, D]``.
+        """Store condition tokens, folded into one slot if the config says so. ``k``, ``v``: ``[B, H, T, D]``.
 
         Folding: keys of zero give each of the n valid tokens the score 0, so together they are exactly one token
         with the score ln(n) and the mean of their values.
 
+        They may come in parts, unless they are folded or some are padding.
+
         Raises:
-            ValueError: for another number of tokens than the cache was made for, or a second time.
+            ValueError: for more tokens than the cache was made for, or parts of what must come at once.
         """
-        if self._has_condition or k.shape[2] != self.condition_tokens:
+        first, self_contained = self.condition_came, not self.folds and self._valid is None
+        left = self.condition_tokens - first
+        if k.shape[2] > left or (k.shape[2] < left and not self_contained):
             raise ValueError(
-                f"the cache takes {self.condition_tokens} condition tokens, once; these are {k.shape[2]}, "
-                f"after {self.count} image tokens"
+                f"the cache takes {left} {'more ' if first else ''}condition tokens"
+                f"{'' if self_contained else ', at once'}; these are {k.shape[2]}, after {self.count} image tokens"
             )
-        self._has_condition = True
+        self.condition_came += k.shape[2]
         valid, self._valid = self._valid, None
         if self.folds:
             wide = torch.promote_types(v.dtype, torch.float32)
@@ -273,8 +284,8 @@ class LayerCache:
             self._v.write(0, mean.expand(-1, -1, self.condition_slots, -1))
             self._bias[..., : self.condition_slots] = fold_bias(n, self._bias.dtype)[:, None, None]
             return
-        self._k.write(0, k)
-        self._v.write(0, v)
+        self._k.write(first, k)
+        self._v.write(first, v)
         if valid is not None:
             self._bias[..., : self.condition_tokens].masked_fill_(~valid[:, None, None, :], -torch.inf)
 
@@ -303,8 +314,29 @@ class LayerCache:
             self._enter(one_k, one_v)
         if self.selects and self.count > self.budget:
             return self._selection()
-        end = self.condition_slots + self.filled
-        return self._k.read(0, end), self._v.read(0, end), self._step_bias()
+        return *self.read(), self._step_bias()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all that is here, condition first: ``[B, H, C + N, D]``, views where that is possible."""
+        end = self.condition_slots + self.filled if self._has_condition else self.condition_came
+        return self._k.read(0, end), self._v.read(0, end)
+
+    def insert(self, k: Tensor, v: Tensor) -> None:
+        """Take in image tokens that are known beforehand, as :meth:`update` one after the other would.
+
+        Args:
+            k, v: ``[B, H, S, D]``, any number of tokens, in raster order.
+
+        Raises:
+            ValueError: before the condition, in another order, in mode "select", or beyond ``max_tokens``.
+        """
+        if not self._has_condition or self.order is not None or self.selects:
+            raise ValueError(
+                "image tokens are inserted after the condition, in raster order, and where none is left out for a time"
+            )
+        for one_k, one_v in zip(k.split(1, dim=2), v.split(1, dim=2), strict=True):
+            self._first_of_step = self.count
+            self._enter(one_k, one_v)
 
     def _enter(self, k: Tensor, v: Tensor) -> None:
         """One image token. ``[B, H, 1, D]``."""
@@ -441,16 +473,25 @@ class LayerCache:
 
     def keep_rows(self, rows: int) -> None:
         """Forget all but the first ``rows`` rows, and free their memory."""
-        self.batch = rows
+        self.select_rows(torch.arange(rows, device=self.device))
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order. ``rows``: int64 ``[R]``; one may stand there several times."""
+        self.batch = len(rows)
         for store in (self._k, self._v):
-            store.keep_rows(rows)
+            store.select_rows(rows)
         for name in ("_bias", "_arrivals", "_ranking"):
             tensor = getattr(self, name)
             if tensor is not None:
-                setattr(self, name, tensor[:rows].clone())
+                setattr(self, name, tensor.index_select(0, rows))
         for record in (self.similarity, self.attention):
             if record is not None:
-                record.keep_rows(rows)
+                record.select_rows(rows)
+
+    def move_kv(self, device: torch.device | str) -> None:
+        """Move keys and values to another device, and back before the next token. Bookkeeping stays."""
+        for store in (self._k, self._v):
+            store.to(device)
 
 
 class KVCache:
@@ -480,8 +521,7 @@ class KVCache:
 
     def nbytes(self) -> int:
         """Bytes really allocated, by the storages behind the tensors, bookkeeping included."""
-        storages = [t.untyped_storage() for layer in self.layers for t in layer.tensors().values()]
-        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+        return allocated(self.layers)
 
     def kv_nbytes(self) -> int:
         """Bytes of keys and values alone: 2 * layers * B * H * (C + slots in memory) * bytes of a vector, which are D *
@@ -493,6 +533,12 @@ class KVCache:
         self.batch = rows
         for layer in self.layers:
             layer.keep_rows(rows)
+
+
+def allocated(layers: list[LayerCache]) -> int:
+    """Bytes of the storages behind all tensors of these layers."""
+    storages = [t.untyped_storage() for layer in layers for t in layer.tensors().values()]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -90,6 +90,6 @@ class RunningSimilarity:
     def tensors(self) -> dict[str, Tensor]:
         return {"total": self.total, "inverse_norm": self.inverse_norm}
 
-    def keep_rows(self, rows: int) -> None:
-        """Forget all but the first ``rows`` rows."""
-        self.total, self.inverse_norm = self.total[:rows].clone(), self.inverse_norm[:rows].clone()
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep these rows, in this order. ``rows``: int64 ``[R]``."""
+        self.total, self.inverse_norm = (t.index_select(0, rows) for t in (self.total, self.inverse_norm))

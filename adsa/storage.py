@@ -114,6 +114,10 @@ class Storage:
         picked = [part.gather(2, index.expand(-1, heads, -1, part.shape[-1])) for part in self.parts]
         return self.codec.decode(tuple(picked), self.dtype)
 
-    def keep_rows(self, rows: int) -> None:
-        """Forget all but the first ``rows`` rows."""
-        self.parts = [part[:rows].clone() for part in self.parts]
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep these rows, in this order. ``rows``: int64 ``[R]``; one may stand there twice."""
+        self.parts = [part.index_select(0, rows.to(part.device)) for part in self.parts]
+
+    def to(self, device: torch.device | str) -> None:
+        """Move all to a device, without waiting for it."""
+        self.parts = [part.to(device, non_blocking=True) for part in self.parts]

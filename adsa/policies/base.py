@@ -20,11 +20,13 @@ class Policy:
         similarity_of: "v" or "k", if the cache must keep running similarities of these (``layer.similarity``).
         attention_window: if the cache must remember attention (``layer.attention``): that of how many of the last
             queries, or 0 for all. Such a policy needs :meth:`LayerCache.attend`, which then pays for the weights.
+        planar: whether it looks at rows and columns of the image (``layer.columns``).
     """
 
     name: ClassVar[str]
     similarity_of: ClassVar[Literal["k", "v"] | None] = None
     attention_window: ClassVar[int | None] = None
+    planar: ClassVar[bool] = False
 
     def split(self, budget: int) -> tuple[int, int]:
         """The (prefix, local) that this policy takes of a budget where the config names none; the paper names none."""

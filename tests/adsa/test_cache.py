@@ -330,7 +330,7 @@ def test_too_many_tokens():
 
 def test_out_of_order_is_refused():
     q, k, v = stream(condition=3)
-    with pytest.raises(ValueError, match="takes 3 condition tokens, once; these are 2"):
+    with pytest.raises(ValueError, match="all 3 condition tokens at once, and these are 2"):
         layer(CacheConfig("full"), condition=3).attend(*(t[:, :, :2] for t in (q, k, v)))
     with pytest.raises(ValueError, match="1, before it"):
         layer(CacheConfig("full"), condition=3).update(k[:, :, :1], v[:, :, :1])

@@ -75,7 +75,7 @@ def test_slots_are_written_and_read_one_by_one(name):
     for head, slot in enumerate((3, 7, 19)):
         whole[:, head, slot] = storage.rounded(x[:, head, 5])
     assert torch.equal(storage.read(0, 20), whole)
-    storage.keep_rows(2)
+    storage.select_rows(torch.arange(2))
     assert torch.equal(storage.read(4, 9), whole[:2, :, 4:9])
 
 
