@@ -103,7 +103,7 @@ def draw(family: str, model, cache=None, seed: int = 0, inputs=None, **kwargs) -
         grids = torch.tensor([[1, 5, 5]]).repeat(len(ids), 1)
         arguments |= {"image_grid_thw": grids, "images_per_sample": torch.ones(len(ids), dtype=torch.long)}
     if family != "janus":
-        arguments |= {"min_new_tokens": TOKENS}
+        arguments |= {"min_new_tokens": TOKENS, "suppress_tokens": [0]}  # of padding, embedding and values are zero
     torch.manual_seed(seed)
     out = model.generate(ids, attention_mask=mask, **(arguments | kwargs))
     return out if family == "janus" or not torch.is_tensor(out) else out[:, ids.shape[1] :]

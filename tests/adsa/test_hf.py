@@ -107,7 +107,7 @@ def watching(monkeypatch, seen):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_enough_budget_gives_the_librarys_tokens(family, attention):
-    model = build(family, attention)
+    model = build(family, attention, torch.float32)
     expected = draw(family, model)
     assert len(expected.unique()) > 5
     for budget in (TOKENS, 2 * TOKENS):
@@ -139,12 +139,13 @@ def test_never_holds_more_than_it_says(family, dtype, monkeypatch):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_brute_force(family, attention):
-    """Rows padded on the left, heads in groups."""
-    model = build(family, attention)
-    tokens = draw(family, model, cached(model))
+    """Heads in groups, and rows padded on the left, where float64 allows that: eager attention makes NaN of padding."""
+    model, (ids, mask) = build(family, attention), prompts()
+    inputs = (ids, mask) if attention == "sdpa" else (ids.clamp(min=6), torch.ones_like(mask))
+    tokens = draw(family, model, cached(model), inputs=inputs)
     model.set_attn_implementation("literal")
     literal = Literal(model, "adsa")
-    assert torch.equal(draw(family, model, literal), tokens)
+    assert torch.equal(draw(family, model, literal, inputs=inputs), tokens)
     assert len(literal.choices) == 2
 
 
