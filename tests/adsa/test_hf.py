@@ -159,10 +159,12 @@ def test_every_policy_equals_brute_force(way):
 
 
 def test_flex_attention():
-    model = build("llama", "flex_attention", torch.float32)
-    out = logits(model, cached(model))
-    model.set_attn_implementation("eager")
-    torch.testing.assert_close(out, logits(model, cached(model)), atol=1e-3, rtol=0)
+    """Its masks are the same; its kernels are not compiled here, as the CPU's fail for the library's own caches too."""
+    model = build("llama", "flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        out = logits(model, cached(model))
+    model.set_attn_implementation("literal")
+    torch.testing.assert_close(out, logits(model, Literal(model, "adsa")), atol=1e-5, rtol=0)
 
 
 def test_padding_is_not_seen():
