@@ -348,7 +348,7 @@ def test_tokens_that_cannot_come_are_refused():
 
 
 def test_offloading():
-    """Keys and values leave, and nothing else; what comes back is what left."""
+    """Where keys and values are sent: away from the device, and back to it."""
     layer = ADSALayer(CacheConfig("adsa", **BUDGET, fold_condition=False), 0, None, None)
     for _ in range(12):
         layer.update(*torch.randn(2, 1, 2, 1, 8))
