@@ -253,6 +253,10 @@ def bounded(model: transformers.PreTrainedModel, config: CacheConfig, **options)
 
     Yields:
         The caches, in the order in which they came into use.
+
+    Raises:
+        ValueError: none did, as ``forward`` was never called: Janus decodes by a part of the model. Give such a model
+            its cache by ``past_key_values``.
     """
     caches: list[ADSACache] = []
 
@@ -272,6 +276,11 @@ def bounded(model: transformers.PreTrainedModel, config: CacheConfig, **options)
         yield caches
     finally:
         handle.remove()
+    if not caches:
+        raise ValueError(
+            f"{type(model).__name__}.forward began no sequence, so nothing was bounded; give generate() its cache: "
+            "past_key_values=ADSACache(...)"
+        )
 
 
 def _check(config: CacheConfig, image_start: int | None, max_tokens: int | None, columns: int | None) -> None:

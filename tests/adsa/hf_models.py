@@ -71,8 +71,9 @@ CLASSES = {
     "chameleon": ("ChameleonForConditionalGeneration", chameleon_config),
     "glm_image": ("GlmImageForConditionalGeneration", glm_image_config),
 }
-# GLM-Image came with transformers 5.
-FAMILIES = [family for family, (name, _) in CLASSES.items() if hasattr(transformers, name)]
+FAMILIES = list(CLASSES)
+if not hasattr(getattr(transformers, "GlmImageModel", None), "get_image_grids_for_generation"):
+    FAMILIES.remove("glm_image")  # not there before transformers 5, and drawing single images in 5.0
 
 
 def build(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float64):
@@ -97,8 +98,9 @@ def draw(family: str, model, cache=None, seed: int = 0, inputs=None, **kwargs) -
     ids, mask = inputs or prompts()
     arguments = {"max_new_tokens": TOKENS, "do_sample": True, "pad_token_id": 0, "bos_token_id": 1}
     arguments |= {"past_key_values": cache} if cache is not None else {}
-    if family == "janus":
-        arguments |= {"generation_mode": "image", "guidance_scale": 2.0}
+    if family == "janus":  # 5.0 has no defaults for the last two
+        arguments |= {"generation_mode": "image", "guidance_scale": 2.0, "num_return_sequences": 1}
+        arguments |= {"max_length": ids.shape[1] + TOKENS}
     elif family == "glm_image":
         grids = torch.tensor([[1, 5, 5]]).repeat(len(ids), 1)
         arguments |= {"image_grid_thw": grids, "images_per_sample": torch.ones(len(ids), dtype=torch.long)}

@@ -158,13 +158,14 @@ def test_every_policy_equals_brute_force(way):
     torch.testing.assert_close(out, logits(model, Literal(model, policy, **options)), atol=1e-9, rtol=0)
 
 
-def test_flex_attention():
-    """Its masks are the same; its kernels are not compiled here, as the CPU's fail for the library's own caches too."""
-    model = build("llama", "flex_attention")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("janus", "glm_image")])
+def test_flex_attention(family):
+    """Where transformers has it; kernels are not compiled here, as the CPU's fail for the library's own caches too."""
+    model = build(family, "flex_attention")
     with torch.compiler.set_stance("force_eager"):
-        out = logits(model, cached(model))
+        tokens = draw(family, model, cached(model))
     model.set_attn_implementation("literal")
-    torch.testing.assert_close(out, logits(model, Literal(model, "adsa")), atol=1e-5, rtol=0)
+    assert torch.equal(draw(family, model, Literal(model, "adsa")), tokens)
 
 
 def test_padding_is_not_seen():
@@ -214,6 +215,14 @@ def test_guidance_of_emu3(monkeypatch):
     model.register_forward_pre_hook(supply, with_kwargs=True)
     assert torch.equal(draw("emu3", model, **GUIDED), tokens)
     assert len(literals) == 2
+
+
+def test_what_is_never_bounded_is_told():
+    model = build("janus")
+    told = r"JanusForConditionalGeneration\.forward began no.*past_key_values=ADSACache"
+    with pytest.raises(ValueError, match=told), bounded(model, CacheConfig("adsa", **BUDGET)):
+        draw("janus", model)
+    assert not model._forward_pre_hooks
 
 
 @pytest.mark.parametrize("chunk", [None, 5, 8])
