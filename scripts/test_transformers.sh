@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests of adsa/hf.py with other versions of transformers, each in a folder that is thrown away.
 #
-#     bash scripts/test_transformers.sh 4.56.0 5.23.0 | tee results/hf/transformers.txt
+#     bash scripts/test_transformers.sh 4.56.0 5.10.4 5.23.0 | tee results/hf/transformers.txt
 #
 # Variables: PYTHON, whose other packages (torch above all) are used; OMP_NUM_THREADS.
 set -euo pipefail
