@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import transformers
@@ -392,7 +393,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _report(args: argparse.Namespace) -> tuple[str, bool]:
     """The planner's text, and whether a layer that was fed kept to it."""
-    model_config = transformers.AutoConfig.from_pretrained(args.model)
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(args.model)
+    except (ValueError, OSError) as error:
+        here = "" if Path(args.model).exists() else "no folder or file here, and as a name on the hub: "
+        raise ValueError(f"{args.model}: {here}{error}") from error
     config = CacheConfig(args.policy, args.budget, dtype=args.cache_dtype)
     _check(config, args.prompt, args.tokens, None)
     text, dtype, rows = _text_config(model_config), DTYPES[args.dtype], 1 + args.guidance

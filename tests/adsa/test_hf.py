@@ -400,7 +400,7 @@ def test_planner_reads_a_file_and_names_what_is_wrong(tmp_path, capsys):
     assert "handed out 72 keys" in capsys.readouterr().out
     for arguments, message in (
         ([str(path), "--budget", "8", "--tokens", "16", "--policy", "tova"], "'tova' needs attention weights"),
-        ([str(tmp_path / "none"), "--budget", "8", "--tokens", "16"], "none"),
+        ([str(tmp_path / "none"), "--budget", "8", "--tokens", "16"], "none: no folder or file here, and as a name"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(arguments)
