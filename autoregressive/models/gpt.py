@@ -226,7 +226,7 @@ class TransformerBlock(nn.Module):
         return h + self.drop_path(self.feed_forward(self.ffn_norm(h)))
 
 
-class Transformer(nn.Module, Pretrained, library_name="adsa", paper_url="https://arxiv.org/abs/2506.18226"):
+class Transformer(nn.Module, Pretrained, library_name="adsa"):
     """The whole model: embeddings, ``n_layer`` blocks, norm and an untied output head.
 
     Attributes:
