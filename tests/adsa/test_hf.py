@@ -356,16 +356,39 @@ def test_tokens_that_cannot_come_are_refused():
         cached(model).update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 4), 0)
 
 
-def test_offloading():
-    """Where keys and values are sent: away from the device, and back to it."""
-    layer = ADSALayer(CacheConfig("adsa", **BUDGET, fold_condition=False), 0, None, None)
-    for _ in range(12):
-        layer.update(*torch.randn(2, 1, 2, 1, 8))
-    moves = []
-    layer.core.move_kv = moves.append
-    layer.offload()
-    layer.prefetch()
-    assert moves == ["cpu", torch.device("cpu")]
+class Stream(contextlib.nullcontext):
+    """In place of a GPU's."""
+
+    def wait_stream(self, other):
+        pass
+
+
+def test_offloading(monkeypatch):
+    """Of three layers only those at work are here. What is away has no values, and must be fetched to be read."""
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    away, most = {}, []
+
+    def move(core, device):
+        stores = core._k, core._v
+        if isinstance(device, str):  # "cpu"; on the way back it is the layer's own device
+            away[id(core)] = [store.parts for store in stores]
+            for store in stores:
+                store.parts = [part.to("meta") for part in store.parts]
+        elif id(core) in away:
+            for store, parts in zip(stores, away.pop(id(core)), strict=True):
+                store.parts = parts
+        most.append(sum(not layer.core._k.parts[0].is_meta for layer in cache.layers if layer.core is not None))
+
+    monkeypatch.setattr(LayerCache, "move_kv", move)
+    config = llama_config()
+    config.num_hidden_layers = 3
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    expected = draw("llama", model, cached(model))
+    cache = cached(model, offloading=True)
+    assert torch.equal(draw("llama", model, cache), expected)
+    assert len(most) > 2 * TOKENS and max(most[6:]) == 2 and min(most) == 0
 
 
 def test_importing_adsa_imports_no_transformers():
