@@ -158,6 +158,7 @@ def test_every_policy_equals_brute_force(way):
     torch.testing.assert_close(out, logits(model, Literal(model, policy, **options)), atol=1e-9, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("janus", "glm_image")])
 def test_flex_attention(family):
     """Where transformers has it; kernels are not compiled here, as the CPU's fail for the library's own caches too."""
@@ -215,6 +216,15 @@ def test_guidance_of_emu3(monkeypatch):
     model.register_forward_pre_hook(supply, with_kwargs=True)
     assert torch.equal(draw("emu3", model, **GUIDED), tokens)
     assert len(literals) == 2
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "janus"])
+def test_bounded_is_the_same_as_a_cache_given(family):
+    model = build(family)
+    with bounded(model, CacheConfig("adsa", **BUDGET)) as caches:
+        tokens = draw(family, model)
+    assert torch.equal(tokens, draw(family, model, cached(model))) and len(caches) == 1
+    assert not torch.equal(tokens, draw(family, model))
 
 
 def test_what_is_never_bounded_is_told():
