@@ -61,5 +61,5 @@ class AttentionRecord:
         return {"attention": self.weights}
 
     def keep(self, kept: Callable[[Tensor], Tensor]) -> None:
-        """Put what this function makes of each tensor in its place: fewer rows."""
+        """Put what this function makes of each tensor in its place: other rows."""
         self.weights = kept(self.weights)

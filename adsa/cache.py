@@ -28,13 +28,13 @@ class LayerCache:
         layer: its number. Layers that share slots take their tokens one after the other, the first one first.
 
     Attributes:
-        count: image tokens that came into this layer so far.
+        condition_came: condition tokens that came into this layer so far.
+        count: image tokens likewise.
     """
 
     def __init__(self, slots: Slots, layer: int = 0):
         self.slots, self.layer = slots, layer
-        self.count = 0
-        self._has_condition = slots.condition_tokens == 0
+        self.condition_came = self.count = 0
         self._seen: Tensor | None = None  # mode "select": the slots that the newest query sees
 
     @property
@@ -45,7 +45,11 @@ class LayerCache:
     @property
     def used(self) -> bool:
         """Whether any token has come in."""
-        return self.count > 0 or (self._has_condition and self.slots.condition_tokens > 0)
+        return self.count > 0 or self.condition_came > 0
+
+    @property
+    def _has_condition(self) -> bool:
+        return self.condition_came == self.slots.condition_tokens
 
     @property
     def k(self) -> Tensor:
@@ -78,6 +82,11 @@ class LayerCache:
             ``[B, Hq, S, D]``, in the dtype of ``q``.
         """
         if not self._has_condition:
+            if k.shape[2] != self.slots.condition_tokens:
+                raise ValueError(
+                    f"attend takes all {self.slots.condition_tokens} condition tokens at once, and these are "
+                    f"{k.shape[2]}"
+                )
             mask = self._condition_mask(q)
             self.insert_condition(k, v)
             return _attention(q, k, v, mask)
@@ -90,24 +99,27 @@ class LayerCache:
         return attend(q.to(keys.dtype), keys, values, bias).to(q.dtype)
 
     def insert_condition(self, k: Tensor, v: Tensor) -> None:
-        """Store the condition tokens, folded into one slot if the config says so. ``k``, ``v``: ``[B, H, T, D]``.
+        """Store condition tokens, folded into one slot if the config says so. ``k``, ``v``: ``[B, H, T, D]``.
 
         Folding: keys of zero give each of the n valid tokens the score 0, so together they are exactly one token
         with the score ln(n) and the mean of their values.
 
+        They may come in parts, unless they are folded or some are padding.
+
         Raises:
-            ValueError: for another number of tokens than the cache was made for, or a second time.
+            ValueError: for more tokens than the cache was made for, or parts of what must come at once.
         """
-        slots, rows = self.slots, self.rows
-        if self._has_condition or k.shape[2] != slots.condition_tokens:
+        slots, rows, first = self.slots, self.rows, self.condition_came
+        at_once, left = slots.folds or slots.valid is not None, slots.condition_tokens - first
+        if k.shape[2] > left or (k.shape[2] < left and at_once):
             raise ValueError(
-                f"the cache takes {slots.condition_tokens} condition tokens, once; these are {k.shape[2]}, "
-                f"after {self.count} image tokens"
+                f"the cache takes {left} {'more ' if first else ''}condition tokens{', at once' if at_once else ''}; "
+                f"these are {k.shape[2]}, after {self.count} image tokens"
             )
-        self._has_condition = True
+        self.condition_came += k.shape[2]
         if not slots.folds:
-            slots.stored_k.write(0, k, rows)
-            slots.stored_v.write(0, v, rows)
+            slots.stored_k.write(first, k, rows)
+            slots.stored_v.write(first, v, rows)
             if slots.valid is not None:
                 slots.bias[rows, ..., : slots.condition_tokens].masked_fill_(~slots.valid[:, None, None, :], -torch.inf)
             return
@@ -133,7 +145,7 @@ class LayerCache:
             ValueError: for too many tokens at once, before the condition, beyond ``max_tokens``, or if the layers
                 don't take their tokens in step.
         """
-        slots, rows, tokens = self.slots, self.rows, k.shape[2]
+        slots, tokens = self.slots, k.shape[2]
         most = 1 if slots.order is None else slots.order.width
         if not self._has_condition or not 1 <= tokens <= most:
             raise ValueError(
@@ -141,9 +153,36 @@ class LayerCache:
                 f"condition's {slots.condition_tokens}; these are {tokens}, "
                 f"{'after' if self._has_condition else 'before'} it"
             )
+        self._take(k, v)
+        if slots.selects and slots.count > slots.budget:
+            return self._selection()
+        return self.held()
+
+    def insert(self, k: Tensor, v: Tensor) -> None:
+        """Take in image tokens that are known beforehand, as :meth:`update` one after the other would.
+
+        Args:
+            k, v: ``[B, H, S, D]``, any number of tokens, in raster order.
+
+        Raises:
+            ValueError: before the condition, in another order, in mode "select", beyond ``max_tokens``, or where layers
+                share their slots, as all of them must have a token before the next one comes.
+        """
+        slots = self.slots
+        if not self._has_condition or slots.order is not None or slots.selects or slots.layers > 1:
+            raise ValueError(
+                "image tokens are inserted after the condition, in raster order, where none is left out for a time, "
+                "and into a cache of one layer"
+            )
+        for one_k, one_v in zip(k.split(1, dim=2), v.split(1, dim=2), strict=True):
+            self._take(one_k, one_v)
+
+    def _take(self, k: Tensor, v: Tensor) -> None:
+        """Image tokens that come in at once, ``[B, H, S, D]``."""
+        slots, rows = self.slots, self.rows
         if self.layer == 0:
-            slots.advance(tokens)
-        self.count += tokens
+            slots.advance(k.shape[2])
+        self.count += k.shape[2]
         if self.count != slots.count:
             raise ValueError(f"layer {self.layer} has {self.count} image tokens, and the first one {slots.count}")
         for index, slot in enumerate(slots.targets):
@@ -155,9 +194,12 @@ class LayerCache:
                     store.put(slots.condition_slots + slot[rows], x, rows)
         if slots.selects:
             slots.settle()
-            if slots.count > slots.budget:
-                return self._selection()
-        return self.held()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all that is here, condition first: ``[B, H, C + N, D]``, views where that is possible."""
+        slots, rows = self.slots, self.rows
+        end = slots.condition_slots + slots.filled if self._has_condition else self.condition_came
+        return slots.stored_k.read(0, end, rows), slots.stored_v.read(0, end, rows)
 
     def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and bias of all that is here, as :meth:`update` returns them."""
@@ -278,6 +320,6 @@ class KVCache:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     shared = q.shape[1] // k.shape[1]
-    if shared > 1 and bias is not None and bias.shape[1] > 1:
+    if shared > 1 and bias is not None and bias.ndim == 4 and bias.shape[1] > 1:
         bias = bias.repeat_interleave(shared, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=shared > 1)

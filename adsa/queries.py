@@ -34,5 +34,5 @@ class QueryRecord:
         return {"queries": self.queries}
 
     def keep(self, kept: Callable[[Tensor], Tensor]) -> None:
-        """Put what this function makes of each tensor in its place: fewer rows."""
+        """Put what this function makes of each tensor in its place: other rows."""
         self.queries = kept(self.queries)

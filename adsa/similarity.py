@@ -93,5 +93,5 @@ class RunningSimilarity:
         return {"total": self.total, "inverse_norm": self.inverse_norm}
 
     def keep(self, kept: Callable[[Tensor], Tensor]) -> None:
-        """Put what this function makes of each tensor in its place: fewer rows."""
+        """Put what this function makes of each tensor in its place: other rows."""
         self.total, self.inverse_norm = kept(self.total), kept(self.inverse_norm)

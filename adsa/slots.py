@@ -21,6 +21,7 @@ from adsa.storage import CODECS, Plain, Storage
 _FRACTION = 2.0**28
 _LARGEST = 2.0**15 - 1
 ARRIVAL_BITS = 18
+MOST_TOKENS = (1 << ARRIVAL_BITS) - 1  # image tokens that can be told apart
 _NEVER = 1 << 62  # more than any rank; added, since masked_fill is several times as slow on a CPU
 
 
@@ -103,10 +104,8 @@ class Slots:
     ):
         if valid is not None and valid.shape != (batch, condition_tokens):
             raise ValueError(f"valid must be [{batch}, {condition_tokens}] (rows, condition), not {[*valid.shape]}")
-        if max_tokens >= 1 << ARRIVAL_BITS:
-            raise ValueError(
-                f"max_tokens {max_tokens} is beyond the {1 << ARRIVAL_BITS} positions a cache can tell apart"
-            )
+        if max_tokens > MOST_TOKENS:
+            raise ValueError(f"max_tokens {max_tokens} is beyond the {MOST_TOKENS} tokens a cache can tell apart")
         dtype = config.torch_dtype or dtype
         self.config, self.policy = config, config.rule
         self.layers, self.batch, self.dtype, self.device = layers, batch, dtype, torch.device(device)
@@ -413,10 +412,14 @@ class Slots:
 
     def keep_rows(self, rows: int) -> None:
         """Forget all but the first ``rows`` rows of each layer, and free their memory."""
+        self.select_rows(torch.arange(rows, device=self.device))
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Of each layer, keep these rows, in this order. ``rows``: int64 ``[n]``; one may stand there several times."""
         self.settle()
 
         def kept(tensor: Tensor) -> Tensor:
-            return tensor.unflatten(0, (self.layers, self.batch))[:, :rows].flatten(0, 1).clone()
+            return tensor.unflatten(0, (self.layers, self.batch)).index_select(1, rows.to(tensor.device)).flatten(0, 1)
 
         for record in (self.stored_k, self.stored_v, self.similarity, self.attention, self.queries):
             if record is not None:
@@ -425,4 +428,9 @@ class Slots:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, kept(tensor))
-        self.batch = rows
+        self.batch = len(rows)
+
+    def move_kv(self, device: torch.device | str) -> None:
+        """Move keys and values to another device, and back before the next token. Bookkeeping stays."""
+        for store in (self.stored_k, self.stored_v):
+            store.to(device)

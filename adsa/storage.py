@@ -112,6 +112,10 @@ class Storage:
         picked = [part.gather(2, index.expand(-1, heads, -1, part.shape[-1])) for part in self.parts]
         return self.codec.decode(tuple(picked), self.dtype)
 
+    def to(self, device: torch.device | str) -> None:
+        """Move all to a device, without waiting for it."""
+        self.parts = [part.to(device, non_blocking=True) for part in self.parts]
+
     def keep(self, kept: Callable[[Tensor], Tensor]) -> None:
-        """Put what this function makes of each tensor in its place: fewer rows."""
+        """Put what this function makes of each tensor in its place: other rows."""
         self.parts = [kept(part) for part in self.parts]

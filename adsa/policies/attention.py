@@ -63,6 +63,7 @@ class Lines(Policy):
 
     name = "lines"
     attention_window = 0
+    planar = True
 
     def score(self, layer) -> Tensor:
         positions, columns = layer.positions.long(), layer.columns

@@ -24,6 +24,7 @@ class Policy:
             Such a policy needs :meth:`LayerCache.attend` as well.
         merges: whether what leaves is merged into what stays, where the config doesn't say.
         renewal: how many steps one ranking serves, where the config doesn't say and the budget allows.
+        planar: whether it looks at rows and columns of the image (``layer.columns``).
     """
 
     name: ClassVar[str]
@@ -32,6 +33,7 @@ class Policy:
     query_lines: ClassVar[int] = 0
     merges: ClassVar[bool] = False
     renewal: ClassVar[int] = 1
+    planar: ClassVar[bool] = False
 
     def split(self, budget: int) -> tuple[int, int]:
         """The (prefix, local) that this policy takes of a budget where the config names none; the paper names none."""

@@ -52,6 +52,7 @@ class Neighborhood(Policy):
     """
 
     name = "neighborhood"
+    planar = True
 
     def split(self, budget: int) -> tuple[int, int]:
         return 0, 1

@@ -116,6 +116,29 @@ def load_model(
     return model.to(device)
 
 
+def recognise(state_dict: Mapping[str, Tensor]) -> tuple[str, str, dict[str, object]] | None:
+    """Which registered model weights are of, by their names and shapes.
+
+    Returns:
+        "GPT" or "VQ", the registered name, and the ModelArgs that the name leaves open, but for what no weight tells
+        (a GPT's block_size); None for another model, or another size.
+    """
+    facts = _facts(_shapes(state_dict))
+    name = _name(facts) if facts["kind"] else None
+    if name is None:
+        return None
+    fields = {
+        "vocab": "vocab_size",
+        "type": "model_type",
+        "classes": "num_classes",
+        "caption_dim": "caption_dim",
+        "condition_tokens": "cls_token_num",
+        "codes": "codebook_size",
+        "code_dim": "codebook_embed_dim",
+    }
+    return facts["kind"], name, {field: facts[fact] for fact, field in fields.items() if fact in facts}
+
+
 def save_safetensors(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors to a .safetensors file, atomically: at any moment `path` is the old file or the whole new one.
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adsa import KVCache, LayerCache, Order
+from autoregressive.models.pretrained import Pretrained
 from autoregressive.models.rope import apply_rope, rope_table
 
 
@@ -225,7 +226,7 @@ class TransformerBlock(nn.Module):
         return h + self.drop_path(self.feed_forward(self.ffn_norm(h)))
 
 
-class Transformer(nn.Module):
+class Transformer(nn.Module, Pretrained, library_name="adsa"):
     """The whole model: embeddings, ``n_layer`` blocks, norm and an untied output head.
 
     Attributes:

@@ -15,6 +15,11 @@ from tests.reference import Attention
 B, H, D, TOKENS = 3, 2, 8, 40
 BOUNDED = sorted(set(POLICIES) - {"full"})
 WAYS = list(itertools.product(BOUNDED, ["head", "layer"], ["evict", "select"], [1, 4]))
+UNWATCHED = [
+    way
+    for way in WAYS
+    if way[2] == "evict" and POLICIES[way[0]].attention_window is None and not POLICIES[way[0]].query_lines
+]
 
 
 def config(policy, granularity="head", mode="evict", renew_every=1, **kwargs):
@@ -348,7 +353,7 @@ def test_too_many_tokens():
 
 def test_out_of_order_is_refused():
     q, k, v = stream(condition=3)
-    with pytest.raises(ValueError, match="takes 3 condition tokens, once; these are 2"):
+    with pytest.raises(ValueError, match="all 3 condition tokens at once, and these are 2"):
         layer(CacheConfig("full"), condition=3).attend(*(t[:, :, :2] for t in (q, k, v)))
     with pytest.raises(ValueError, match="1, before it"):
         layer(CacheConfig("full"), condition=3).update(k[:, :, :1], v[:, :, :1])
@@ -357,6 +362,48 @@ def test_out_of_order_is_refused():
         layer(CacheConfig("full"), condition=0).attend(*(t[:, :, :2] for t in (q, k, v)))
     with pytest.raises(ValueError, match=r"valid must be \[3, 3\]"):
         layer(CacheConfig("full"), condition=3, valid=torch.ones(3, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("way", [("full",), *UNWATCHED], ids=str)
+@pytest.mark.parametrize("first", [1, 30])
+def test_known_tokens_come_in_as_if_one_after_the_other(way, first):
+    """And the condition before them in parts."""
+    cfg = CacheConfig("full", fold_condition=False) if way == ("full",) else config(*way, fold_condition=False)
+    _, k, v = stream(condition=4)
+    one, several = (layer(cfg, condition=4) for _ in range(2))
+    one.insert_condition(k[:, :, :4], v[:, :, :4])
+    for begin, end in ((0, 1), (1, 4)):
+        several.insert_condition(k[:, :, begin:end], v[:, :, begin:end])
+        assert torch.equal(several.read()[0], k[:, :, :end])
+    for t in range(4, 4 + TOKENS):
+        expected = one.update(k[:, :, t : t + 1], v[:, :, t : t + 1])
+        if t == 3 + first:
+            several.insert(k[:, :, 4 : t + 1], v[:, :, 4 : t + 1])
+        elif t > 3 + first:
+            got = several.update(k[:, :, t : t + 1], v[:, :, t : t + 1])
+            assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+            assert torch.equal(several.positions, one.positions)
+
+
+def test_tokens_that_cannot_be_inserted():
+    _, k, v = stream(condition=4)
+    with pytest.raises(ValueError, match="takes 3 more condition tokens; these are 4"):
+        parts = layer(CacheConfig("full", fold_condition=False), condition=4)
+        parts.insert_condition(k[:, :, :1], v[:, :, :1])
+        parts.insert_condition(k[:, :, :4], v[:, :, :4])
+    with pytest.raises(ValueError, match="takes 4 condition tokens, at once; these are 1"):
+        layer(CacheConfig("full"), condition=4).insert_condition(k[:, :, :1], v[:, :, :1])
+    for cache in (layer(CacheConfig("full"), condition=4), layer(config("adsa", mode="select"), condition=0)):
+        with pytest.raises(ValueError, match="inserted after the condition, in raster order"):
+            cache.insert(k, v)
+
+
+def test_only_keys_and_values_move():
+    cache = layer(config("adsa"), dtype=torch.float32)
+    run(cache, *stream(dtype=torch.float32))
+    cache.slots.move_kv("meta")
+    kept = cache.slots.kv_tensors().keys()
+    assert {name for name, tensor in cache.slots.tensors().items() if tensor.is_meta} == kept == {"k", "v"}
 
 
 def test_no_condition():

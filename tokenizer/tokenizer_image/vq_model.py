@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoregressive.models.pretrained import Pretrained
+
 USAGE_WINDOW = 65536  # how many of the last indices `codebook_used` remembers; fixed by the released checkpoints
 
 
@@ -288,7 +290,7 @@ def _entropy_loss(affinity: Tensor, temperature: float = 0.01) -> Tensor:
     return -(p * log_p).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
 
 
-class VQModel(nn.Module):
+class VQModel(nn.Module, Pretrained, library_name="adsa"):
     """Images in [-1, 1], [B, 3, H, W], to codes and back; H and W are multiples of `config.downsample_size`."""
 
     def __init__(self, config: ModelArgs):
