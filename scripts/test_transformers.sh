@@ -19,6 +19,6 @@ for version in "$@"; do
     export PYTHONPATH=$folder/$version
     "$PYTHON" -c 'import sys, torch, transformers as t; assert t.__version__ == sys.argv[1]
 print("transformers", t.__version__, "torch", torch.__version__)' "$version"
-    "$PYTHON" -m pytest -q --no-header --show-capture=no -p no:cacheprovider tests/adsa/test_hf.py | tail -n 3 |
+    COMPILE_ALL=1 "$PYTHON" -m pytest -q --no-header --show-capture=no -p no:cacheprovider tests/adsa/test_hf.py | tail -n 3 |
         grep -E "^FAILED|^ERROR|passed|failed"
 done
