@@ -54,12 +54,16 @@ class LayerCache:
     @property
     def k(self) -> Tensor:
         """Keys of the cached image tokens, ``[B, H, N, D]``."""
-        return self.slots.k[self.rows]
+        return self.slots.stored_k.read(self.slots.condition_slots, self._end, self.rows)
 
     @property
     def v(self) -> Tensor:
         """Values of the cached image tokens, ``[B, H, N, D]``."""
-        return self.slots.v[self.rows]
+        return self.slots.stored_v.read(self.slots.condition_slots, self._end, self.rows)
+
+    @property
+    def _end(self) -> int:
+        return self.slots.condition_slots + self.slots.filled
 
     @property
     def positions(self) -> Tensor:
@@ -165,10 +169,13 @@ class LayerCache:
             k, v: ``[B, H, S, D]``, any number of tokens, in raster order.
 
         Raises:
-            ValueError: before the condition, in another order, in mode "select", beyond ``max_tokens``, or where layers
-                share their slots, as all of them must have a token before the next one comes.
+            ValueError: before the condition, in another order, in mode "select", beyond ``max_tokens``; where layers
+                share their slots, as all of them must have a token before the next one comes; or for a policy that
+                wants to see attention or queries.
         """
         slots = self.slots
+        if slots.attention is not None or slots.queries is not None:
+            raise ValueError(f"cache policy {slots.config.policy!r} needs each token's query: use attend")
         if not self._has_condition or slots.order is not None or slots.selects or slots.layers > 1:
             raise ValueError(
                 "image tokens are inserted after the condition, in raster order, where none is left out for a time, "

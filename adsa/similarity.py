@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from adsa.storage import ALL
+
 # Scores that differ by less than this are ties. Equal features must tie, whatever the order of summation did to their
 # last bits: in the first layer, every repeated token has the same V.
 TIE = {torch.float64: 2.0**-28}
@@ -72,22 +74,23 @@ class RunningSimilarity:
         """A token leaves. ``slot``: int64 ``[B, G, 1]``; ``v``: ``[B, H, 1, D]``, as it was added."""
         self.total -= (v * self.inverse_norm.gather(2, slot).unsqueeze(-1)).squeeze(2)
 
-    def score(self, v: Tensor) -> Tensor:
+    def score(self, v: Tensor, rows: slice = ALL) -> Tensor:
         """s_i (Eq. 3) of the first N tokens.
 
         Args:
             v: ``[B, H, N, D]``, the features that were added in slots 0 .. N - 1.
+            rows: those that these are of.
 
         Returns:
             ``[B, G, N]`` in the dtype of the sums, rounded so that equal features have equal scores.
         """
         count = v.shape[2]
         # In half precision a product is rounded to 8 or 11 bits, too few to rank by, and may overflow.
-        dots = (self.total.unsqueeze(2) @ v.to(self.total.dtype).mT).squeeze(2)
+        dots = (self.total[rows].unsqueeze(2) @ v.to(self.total.dtype).mT).squeeze(2)
         if self.joint:
             dots = dots.sum(1, keepdim=True)
         tie = TIE.get(v.dtype, TIE_SINGLE)
-        return (dots * self.inverse_norm[:, :, :count] * (1 / (count * tie))).round() * tie
+        return (dots * self.inverse_norm[rows, :, :count] * (1 / (count * tie))).round() * tie
 
     def tensors(self) -> dict[str, Tensor]:
         return {"total": self.total, "inverse_norm": self.inverse_norm}

@@ -177,7 +177,9 @@ class Slots:
         if not self.evicts:
             return
         held = max(map(len, order.awaited))  # those that hold a place for another stay as well
-        spare = min(self.budget - self.prefix - (self.local - 1) - held, self.budget - self.merges)
+        # The first ranking may come when there is room for all but one of the tokens that come in.
+        here = self.budget - (order.width - 1)
+        spare = min(here - self.prefix - (self.local - 1) - held, here - held - self.merges)
         if spare < self._ranked:
             raise ValueError(
                 f"cache budget {self.budget} is too small for tokens that come {order.width} at a time: beside prefix "
@@ -297,6 +299,14 @@ class Slots:
             self.similarity.add(slot, new)
         self.targets = []
 
+    def similarities(self) -> Tensor:
+        """s_i (Eq. 3) of what the policy compares, ``[R, G, N]``. In half precision by parts, as it is widened."""
+        first, end, store = self.condition_slots, self.condition_slots + self.filled, self._featured
+        exact = store.read(first, first, slice(0, 1)).dtype == self.similarity.total.dtype and self.config.dtype is None
+        heads, dim = self.similarity.total.shape[1:]
+        parts = [slice(None)] if exact else self.chunks(heads * self.filled * dim)
+        return torch.cat([self.similarity.score(store.read(first, end, rows), rows) for rows in parts])
+
     @property
     def _featured(self) -> Storage:
         """What the policy compares."""
@@ -320,14 +330,18 @@ class Slots:
                 return ranks.argmin(-1, keepdim=True) + first, None
             self._ranking.copy_(ranks.topk(self._ranked, largest=False, sorted=True).indices + first)
             if self.merges:
-                self._into.copy_(torch.cat([self._nearest(rows) for rows in self.chunks()]))
+                self._into.copy_(
+                    torch.cat([self._nearest(rows) for rows in self.chunks(self._into[0].numel() * self.filled)])
+                )
         taken = slice(self._taken, self._taken + tokens)
         self._taken += tokens
         return self._ranking[:, :, taken], self._into[:, :, taken] if self.merges else None
 
-    def chunks(self) -> list[slice]:
-        """Rows in parts of at least a layer, for what takes much memory: up to 2^24 numbers of a line by its slots."""
-        layers = max(1, 2**24 // (self.batch * self.stored_k.parts[0].shape[1] * self.columns * self.capacity))
+    def chunks(self, numbers: int) -> list[slice]:
+        """Rows in parts of at least a layer, for what takes so many ``numbers`` a row: what a CPU's caches hold, or on
+        a GPU what is little beside a model."""
+        most = 2**19 if self.device.type == "cpu" else 2**25
+        layers = max(1, most // (self.batch * numbers))
         step, rows = min(layers, self.layers) * self.batch, self.layers * self.batch
         return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
@@ -336,7 +350,8 @@ class Slots:
 
         Not of the last line, whose tokens the next line will look at one by one.
         """
-        keys, victims = self.k[rows], self._ranking[rows]
+        first, victims = self.condition_slots, self._ranking[rows]
+        keys = self.stored_k.read(first, first + self.filled, rows)
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         leaving = keys.gather(2, victims.unsqueeze(-1).expand(-1, keys.shape[1], -1, keys.shape[-1]))
         distance = keys.square().sum(-1).unsqueeze(2) - 2 * leaving @ keys.mT  # [rows, H, victims, N], less a constant
@@ -417,6 +432,7 @@ class Slots:
     def select_rows(self, rows: Tensor) -> None:
         """Of each layer, keep these rows, in this order. ``rows``: int64 ``[n]``; one may stand there several times."""
         self.settle()
+        self.targets, self.hidden = [], None
 
         def kept(tensor: Tensor) -> Tensor:
             return tensor.unflatten(0, (self.layers, self.batch)).index_select(1, rows.to(tensor.device)).flatten(0, 1)
@@ -428,6 +444,7 @@ class Slots:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, kept(tensor))
+        self.valid = None if self.valid is None else self.valid.index_select(0, rows.to(self.valid.device))
         self.batch = len(rows)
 
     def move_kv(self, device: torch.device | str) -> None:

@@ -34,12 +34,13 @@ class Int8:
     """
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = _wide(x)
         step = (x.abs().amax(-1, keepdim=True) / 127).half()
         return (x * _inverse(step, x.dtype)).round().clamp(-127, 127).to(torch.int8), step
 
     def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         codes, step = parts
-        return codes.to(dtype) * step.to(dtype)
+        return (codes * _wide(step)).to(dtype)
 
 
 class Int4:
@@ -49,7 +50,7 @@ class Int4:
     """
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = x.unflatten(-1, (-1, _group(x.shape[-1])))
+        x = _wide(x).unflatten(-1, (-1, _group(x.shape[-1])))
         low, high = x.aminmax(dim=-1, keepdim=True)
         low = low.half()
         step = ((high - low.to(x.dtype)) / 15).half()
@@ -59,8 +60,13 @@ class Int4:
     def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         pairs, low, step = parts
         codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).flatten(-2)
-        codes = codes.unflatten(-1, (low.shape[-1], -1)).to(dtype)
-        return (codes * step.unsqueeze(-1).to(dtype) + low.unsqueeze(-1).to(dtype)).flatten(-2)
+        codes = codes.unflatten(-1, (low.shape[-1], -1))
+        return (codes * _wide(step).unsqueeze(-1) + _wide(low).unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In at least float32: in half precision, a small step's inverse is beyond all numbers."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _inverse(step: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,11 +83,11 @@ CODECS: dict[str, Codec] = {"int8": Int8(), "int4": Int4()}
 
 
 class Storage:
-    """The keys, or the values, of one layer: ``[B, H, N, D]`` in slots.
+    """The keys, or the values, of one or more layers: ``[R, H, N, D]`` in slots.
 
     Args:
         codec: how they are written.
-        shape: B, H, N, D.
+        shape: R, H, N, D.
         dtype: of what goes in and comes out.
         device: where.
     """

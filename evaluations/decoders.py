@@ -55,7 +55,9 @@ class Decoder:
             layer.insert_condition(*torch.randn(condition, device=weight.device, dtype=weight.dtype))
         for _ in range(min(kv.layers[0].slots.capacity, count)):
             for layer in kv.layers:
-                layer.update(*torch.randn(shape, device=weight.device, dtype=weight.dtype))
+                k, v = torch.randn(shape, device=weight.device, dtype=weight.dtype)
+                q = torch.randn(kv.batch, args.n_head, 1, args.head_dim, device=weight.device, dtype=weight.dtype)
+                layer.attend(q, k, v)
 
     def attended(self, kv: Any, tokens: int, steps: int) -> float:
         """Slots, condition included, that a step attends to: the mean over the last `steps` of `tokens` steps.

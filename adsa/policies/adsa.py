@@ -15,7 +15,7 @@ class Adsa(Policy):
     similarity_of = "v"
 
     def score(self, layer) -> Tensor:
-        return -layer.similarity.score(layer.v)
+        return -layer.similarities()
 
 
 class AdsaInverse(Adsa):

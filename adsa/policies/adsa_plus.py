@@ -9,8 +9,8 @@ from adsa.policies.base import Policy
 class AdsaPlus(Policy):
     """Keep the tokens without which the outputs would move most; merge the others into the nearest key.
 
-    A token's worth is how far the attention outputs of the last line's queries would move if it left: with weight a,
-    value v and output o, the others' weights grow to fill the gap, and o moves by exactly
+    A token's worth is how far the outputs of the last line's queries, attending to what is cached now, would move if it
+    left: with weight a, value v and output o, the others' weights grow to fill the gap, and o moves by exactly
 
         |o - v| * a / (1 - a).
 
@@ -31,7 +31,8 @@ class AdsaPlus(Policy):
         return min(4, budget // 8), max(1, min(24, budget // 4))
 
     def score(self, layer) -> Tensor:
-        return torch.cat([self._moves(layer, rows) for rows in layer.chunks()])
+        numbers = layer.queries.queries[0, :, :, 0].numel() * (layer.condition_slots + layer.filled)
+        return torch.cat([self._moves(layer, rows) for rows in layer.chunks(numbers)])
 
     @staticmethod
     def _moves(layer, rows: slice) -> Tensor:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from adsa.cache import LayerCache
+    from adsa.slots import Slots
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Scores cached tokens. Frozen and stateless: what must be remembered lives in the :class:`LayerCache`.
+    """Scores cached tokens. Frozen and stateless: what must be remembered lives in :class:`~adsa.slots.Slots`.
 
     To add one: subclass it in a file of this folder, set ``name``, write ``score``, and list it in ``__init__.py``.
 
@@ -39,15 +39,16 @@ class Policy:
         """The (prefix, local) that this policy takes of a budget where the config names none; the paper names none."""
         return budget // 8, budget // 2
 
-    def score(self, layer: "LayerCache") -> Tensor:
+    def score(self, layer: "Slots") -> Tensor:
         """Worth of every cached token, higher = keep.
 
         Args:
-            layer: the cache, with ``layer.k`` and ``layer.v`` ``[B, H, N, D]`` and ``layer.positions`` ``[B, G, N]``,
-                N being the image tokens now in it and G = H for a choice per head, 1 for one per layer.
+            layer: the rows of all layers that choose together in time, R of them, with ``layer.k`` and ``layer.v``
+                ``[R, H, N, D]`` and ``layer.positions`` ``[R, G, N]``, N being the image tokens now there and G = H for
+                a choice per head, 1 for one per layer.
 
         Returns:
-            ``[B, G, N]``; ranked in steps of 2^-28, and beyond +-32 767 all alike. Of equal scores the lowest position
-            is evicted first (mode "evict") or kept first (mode "select").
+            ``[R, G, N]``; ranked in steps of 2^-28, and beyond +-32 767 all alike. Of equal scores the one that came
+            first is evicted first (mode "evict") or kept first (mode "select").
         """
         raise NotImplementedError

@@ -18,7 +18,7 @@ class KeyDiff(Policy):
         return 0, 1
 
     def score(self, layer) -> Tensor:
-        return -layer.similarity.score(layer.k)
+        return -layer.similarities()
 
 
 class KNorm(Policy):
@@ -54,7 +54,7 @@ class RKV(Policy):
         return 0, min(self.attention_window, budget)
 
     def score(self, layer) -> Tensor:
-        redundancy = layer.similarity.score(layer.k).softmax(-1)
+        redundancy = layer.similarities().softmax(-1)
         mass = layer.attention.mass(layer.filled)
         importance = mass / mass.sum(-1, keepdim=True)
         return self.balance * importance - (1 - self.balance) * redundancy

@@ -76,6 +76,8 @@ def choices(budget: int, cfg_scale: float) -> dict[str, tuple[Setting, Setting]]
     made = {title: (Setting(cache), Setting(plain)) for title, cache in found.items()}
     with_condition = replace(unfolded.cache, policy="adsa_condition")
     made["condition tokens within the mean (Eq. 3)"] = (Setting(with_condition), unfolded)
+    if cfg_scale <= 1:
+        return made
     shared = Setting(replace(plain, policy="adsa_shared"), cfg_scale=cfg_scale)
     made[f"guidance's halves choose together (loss at guidance {cfg_scale:g})"] = (shared, guided)
     return made
@@ -248,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         {"cache": cache_name(setting.cache), "window": setting.window, "cfg_scale": setting.cfg_scale}
         | dict(zip(("more", "error"), sweep.more(setting), strict=True))
         for setting in sweep.losses
+        if setting.cfg_scale == 1  # others are told against caches with the same guidance, in the table
     ]
     numbers: dict[str, Any] = {"images": len(compass.indices), "dense": dense, "cells": cells}
     write_report(folder, name, argv, task, "\n\n".join(parts), numbers, script="sweeps")

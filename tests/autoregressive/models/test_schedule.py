@@ -38,8 +38,8 @@ def test_a_whole_row_ahead_is_raster_order(window):
     assert [(p.positions, p.sources, p.draws) for p in schedule.passes] == [((i,), (i,), (i + 1,)) for i in range(35)]
 
 
-def settings(policy, granularity, renew_every=1, budget=18):
-    prefix, local = {"window": (0, budget - 5), "streaming": (4, budget - 9)}.get(policy, (3, 5))
+def settings(policy, granularity, renew_every=1, budget=20):
+    prefix, local = {"window": (0, budget - 10), "streaming": (4, budget - 14)}.get(policy, (3, 5))
     choice = {"policy": policy, "budget": budget, "prefix": prefix, "local": local, "mode": "evict"}
     if policy == "full":
         return CacheConfig("full"), choice | {"prefix": 0, "local": 0, "renew_every": 1}
@@ -64,7 +64,7 @@ def test_equals_brute_force(policy, window, granularity, n_kv_head, renew_every)
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
 def test_greedy_and_other_windows_equal_brute_force(window, cfg_scale):
     model = tiny()
-    cache, choice = settings("adsa", "head", budget=20)
+    cache, choice = settings("adsa", "head", budget=26)
     options = {"cfg_scale": cfg_scale, "sample_logits": False, "zipar_window": window}
     tokens = generate(model, torch.tensor(LABELS), TOKENS, cache=cache, **options)
     assert tokens.tolist() == expected(model, choice, "head", cfg_scale, None, window)

@@ -139,9 +139,9 @@ def test_other_settings_are_refused(models, copied):
 
 def test_rows_decoded_at_once(models, unbroken, tmp_path):
     flags = [*models, *FLAGS, "--per-proc-batch-size", "8", "--sample-dir", str(tmp_path), "--zipar-window"]
-    for window in (2, 6):  # 6 is a whole row, which is raster order
+    for window in (5, 6):  # 6 is a whole row, which is raster order
         sample_c2i_ddp.main([*flags, str(window)])
-    ahead, raster = (tmp_path / NAME.replace("seed", f"zipar-{window}-seed") for window in (2, 6))
+    ahead, raster = (tmp_path / NAME.replace("seed", f"zipar-{window}-seed") for window in (5, 6))
     made = [np.load(folder / "samples.npz")["arr_0"] for folder in (unbroken, raster, ahead)]
     assert np.array_equal(made[0], made[1])
     assert (made[0] != made[2]).any((1, 2, 3)).all()
