@@ -15,7 +15,7 @@ from adsa.config import CacheConfig
 from adsa.order import Order
 from adsa.queries import QueryRecord
 from adsa.similarity import RunningSimilarity
-from adsa.storage import CODECS, Plain, Storage
+from adsa.storage import ALL, CODECS, Plain, Storage
 
 # Scores become fixed-point numbers with the arrival in the low bits: one integer order, ties included.
 _FRACTION = 2.0**28
@@ -300,11 +300,11 @@ class Slots:
         self.targets = []
 
     def similarities(self) -> Tensor:
-        """s_i (Eq. 3) of what the policy compares, ``[R, G, N]``. In half precision by parts, as it is widened."""
+        """s_i (Eq. 3) of what the policy compares, ``[R, G, N]``; by parts where it has to be widened or decoded."""
         first, end, store = self.condition_slots, self.condition_slots + self.filled, self._featured
-        exact = store.read(first, first, slice(0, 1)).dtype == self.similarity.total.dtype and self.config.dtype is None
+        as_is = store.dtype == self.similarity.total.dtype and self.config.dtype not in CODECS
         heads, dim = self.similarity.total.shape[1:]
-        parts = [slice(None)] if exact else self.chunks(heads * self.filled * dim)
+        parts = [ALL] if as_is else self.chunks(heads * self.filled * dim)
         return torch.cat([self.similarity.score(store.read(first, end, rows), rows) for rows in parts])
 
     @property
