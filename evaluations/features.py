@@ -244,6 +244,7 @@ def extract(
     if broadcast_object_list([found is not None])[0]:
         return found
 
+    torch.backends.cudnn.allow_tf32 = False  # features are to be the same on all GPUs
     batches = own_batches(state, len(images), batch_size)
     with state.local_main_process_first():  # which may have to fetch the weights
         extractor = load().to(state.device)

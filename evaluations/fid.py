@@ -61,7 +61,6 @@ def evaluate(
     Raises:
         EvaluationError: the message names the file or value and the way out.
     """
-    torch.backends.cudnn.allow_tf32 = False  # features are to be the same on all GPUs
     load = functools.cache(lambda: load_extractor(feature_extractor))
 
     def features(images: ImageSet | Features | None) -> Features | None:

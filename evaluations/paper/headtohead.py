@@ -141,8 +141,8 @@ class Experiment:
             result = evaluated(run, self.task)
             judged = {key: result[key] for key in ("fid", "kid", "precision", "recall")}
             images = {
-                "own": sums.own.tolist(),
-                "cross": sums.cross.tolist(),
+                "own": [float(f"{value:.8g}") for value in sums.own],
+                "cross": [float(f"{value:.8g}") for value in sums.cross],
                 "kind": np.load(run / "labels.npy").tolist(),
             }
         else:
@@ -180,8 +180,12 @@ def setting_of(cache: Mapping[str, Any]) -> Setting:
 
 
 def cell_name(cache: Mapping[str, Any] | None) -> str:
-    """'adsa-256-32-128': policy, budget, prefix, local."""
-    return "dense" if cache is None else "-".join(map(str, cache.values()))
+    """'adsa-256-32-128': policy, budget, prefix, local; what else there is as in '-dtype=int8'."""
+    if cache is None:
+        return "dense"
+    plain = ("policy", "budget", "prefix", "local")
+    told = [f"{key}={value}" for key, value in cache.items() if key not in plain]
+    return "-".join([*(str(cache[key]) for key in plain if key in cache), *told])
 
 
 @dataclass(frozen=True)
