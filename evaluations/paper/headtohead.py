@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from evaluations.paper.protocol import (  # noqa: E402
     load_protocol,
     output_folder,
 )
-from evaluations.paper.report import interval_told, plt, save_plot, write_report  # noqa: E402
+from evaluations.paper.report import interval_told, plt, save_plot, styles, write_report  # noqa: E402
 from evaluations.paper.rows import NONE, Cost, spread, told  # noqa: E402
 from evaluations.paper.runs import (  # noqa: E402
     class_names,
@@ -47,6 +47,7 @@ from evaluations.paper.runs import (  # noqa: E402
     sampled,
     scored,
 )
+from evaluations.perplexity import parse_cache  # noqa: E402
 from tokenizer.files import write_json  # noqa: E402
 
 DESCRIPTION = """\
@@ -60,6 +61,11 @@ than the flags name stay, and are left out."""
 BUDGETS = {"c2i": [384, 256, 192, 128, 96, 64], "t2i": [768, 512, 256, 170]}
 LOSS_IMAGES = 64  # real ones, that are predicted
 DIGITS = 6  # of numbers by image
+SPLIT = ("budget", "prefix", "local")
+CACHES = (
+    "more caches, as perplexity.py takes them: adsa_plus-96:merge=false, full:dtype=int8; what is not told is as it is "
+    "by default"
+)
 # What judges images by class, and by text: key, its title, what it is multiplied by, digits. The first is tested.
 JUDGES = {
     "c2i": (("kid", "KID x 1000", 1000, 3), ("fid", "FID", 1, 2)),
@@ -116,6 +122,7 @@ class Experiment:
         """
         path = self.folder / f"{cell_name(cache)}-seed{seed}.json"
         identity = identity_of(self.task, cache, seed, self.images)
+        del identity["device"]  # which rounds otherwise, as other batch sizes do; the cell's cost tells it
         if path.exists():
             try:
                 content = json.loads(path.read_text())
@@ -179,13 +186,25 @@ def setting_of(cache: Mapping[str, Any]) -> Setting:
     return Setting(CacheConfig(**cache))
 
 
+def keys_of(config: CacheConfig) -> dict[str, Any]:
+    """The keys of a cache that cells tell: budget and split, and what else is not as it is by default."""
+    found = {"policy": config.policy}
+    if config.budget is not None:
+        found |= {"budget": config.budget} | dict(zip(("prefix", "local"), config.split, strict=True))
+    others = {key.name: getattr(config, key.name) for key in fields(config) if getattr(config, key.name) != key.default}
+    return found | {key: value for key, value in others.items() if key not in ("policy", *SPLIT)}
+
+
 def cell_name(cache: Mapping[str, Any] | None) -> str:
     """'adsa-256-32-128': policy, budget, prefix, local; what else there is as in '-dtype=int8'."""
     if cache is None:
         return "dense"
-    plain = ("policy", "budget", "prefix", "local")
-    told = [f"{key}={value}" for key, value in cache.items() if key not in plain]
-    return "-".join([*(str(cache[key]) for key in plain if key in cache), *told])
+    return "-".join([cache["policy"], *(str(cache[key]) for key in SPLIT if key in cache), *others_told(cache)])
+
+
+def others_told(cache: Mapping[str, Any]) -> list[str]:
+    """What a cache has besides policy, budget and split: ["dtype=int8"]."""
+    return [f"{key}={value}" for key, value in cache.items() if key not in ("policy", *SPLIT)]
 
 
 @dataclass(frozen=True)
@@ -198,6 +217,16 @@ class Row:
     @property
     def cache(self) -> dict[str, Any]:
         return self.cells[0].cache
+
+    @property
+    def budget(self) -> int:
+        """Image tokens that it keeps."""
+        return self.cache.get("budget") or self.cells[0].cost["tokens"]
+
+    @property
+    def name(self) -> str:
+        """What makes it differ from others of its budget: 'adsa', 'adsa, dtype=int8'."""
+        return ", ".join([self.cache["policy"], *others_told(self.cache)])
 
     @cached_property
     def means(self) -> dict[str, list[float]]:
@@ -236,19 +265,19 @@ def table(rows: Sequence[Row], dense: Sequence[Cell], kind: str, sweep: Sweep | 
     columns += ["tokens as dense", *["loss x 1000, less dense"] * bool(sweep), "cache MiB per image", "images/s"]
     first, second = _judged(dense, kind)
     parts = [f"Dense: {tested} {first}, {other} {second}."]
-    for budget in sorted({row.cache["budget"] for row in rows}, reverse=True):
-        of_budget = [row for row in rows if row.cache["budget"] == budget]
+    for budget in sorted({row.budget for row in rows}, reverse=True):
+        of_budget = [row for row in rows if row.budget == budget]
         lines = []
         for row in sorted(of_budget, key=lambda row: -row.means["likeness"][0]):
-            n, m = row.cache["prefix"], row.cache["local"]
+            n, m = (row.cache.get(key) for key in ("prefix", "local"))
             first, second = _judged(row.cells, kind)
             mean, *interval = row.means["likeness"]
             cost = row.cells[0].cost
             rates = [rate for cell in row.cells for rate in cell.cost["images_per_second"] if rate]
             lines.append(
                 [
-                    row.cache["policy"],
-                    f"{n} + {budget - n - m} + {m}",
+                    row.name,
+                    NONE if n is None else f"{n} + {budget - n - m} + {m}",
                     first,
                     told(row.less_dense, digits, scale),
                     second,
@@ -274,24 +303,23 @@ def _judged(cells: Sequence[Cell], kind: str) -> list[str]:
 
 def draw(rows: Sequence[Row], kind: str, path: Path) -> None:
     """What is judged less dense, and likeness to dense, against the budget."""
-    _, name, scale, _ = JUDGES[kind][0]
+    _, judged, scale, _ = JUDGES[kind][0]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
-    for index, policy in enumerate(dict.fromkeys(row.cache["policy"] for row in rows)):
-        mine = sorted((row for row in rows if row.cache["policy"] == policy), key=lambda row: row.cache["budget"])
-        budgets = [row.cache["budget"] for row in mine]
-        style = {"color": plt.get_cmap("tab20")(index % 20), "marker": "o", "linewidth": 2.5 if policy == "adsa" else 1}
+    for name, style in styles(row.name for row in rows).items():
+        mine = sorted((row for row in rows if row.name == name), key=lambda row: row.budget)
+        budgets = [row.budget for row in mine]
         tests = [row.less_dense for row in mine]
         if all(tests):
-            _curve(left, budgets, [[scale * value for value in (t.mean, t.low, t.high)] for t in tests], policy, style)
-        _curve(right, budgets, [row.means["likeness"] for row in mine], policy, style)
-    ticks = sorted({row.cache["budget"] for row in rows})
+            _curve(left, budgets, [[scale * value for value in (t.mean, t.low, t.high)] for t in tests], name, style)
+        _curve(right, budgets, [row.means["likeness"] for row in mine], name, style)
+    ticks = sorted({row.budget for row in rows})
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, ticks)
         axes.set_xlabel("cached image tokens")
         axes.grid(alpha=0.3)
     left.axhline(0, color="black", linewidth=0.8)
-    left.set_ylabel(f"{name}, less dense")
+    left.set_ylabel(f"{judged}, less dense")
     right.set_ylabel("likeness to the dense image (cosine of features)")
     right.legend(fontsize=8, ncols=2)
     save_plot(path, figure)
@@ -304,18 +332,18 @@ def _curve(axes, budgets: Sequence[int], values: Sequence[Sequence[float]], labe
 
 
 def failures(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
-    """Which classes break first: mean likeness to dense by class, at the smallest budget of each policy."""
+    """Which classes break first: mean likeness to dense by class, at the smallest budget of each kind of cache."""
     found = {}
-    for policy in dict.fromkeys(row.cache["policy"] for row in rows):
-        row = min((row for row in rows if row.cache["policy"] == policy), key=lambda row: row.cache["budget"])
+    for name in dict.fromkeys(row.name for row in rows):
+        row = min((row for row in rows if row.name == name), key=lambda row: row.budget)
         values: dict[str, list[float]] = {}
         for cell in row.cells:
             for kind, likeness in zip(cell.images["kind"], cell.against_dense["likeness"], strict=True):
                 values.setdefault(names[kind], []).append(likeness)
-        means = sorted((float(np.mean(of_class)), name, len(of_class)) for name, of_class in values.items())
-        found[policy] = {
-            "budget": row.cache["budget"],
-            "classes": [{"class": name, "likeness": mean, "images": count} for mean, name, count in means],
+        means = sorted((float(np.mean(of_class)), kind, len(of_class)) for kind, of_class in values.items())
+        found[name] = {
+            "budget": row.budget,
+            "classes": [{"class": kind, "likeness": mean, "images": count} for mean, kind, count in means],
         }
     return found
 
@@ -340,7 +368,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add_model_flag(parser)
     add("--task", choices=("c2i", "t2i"), default="c2i", help="images by class (default) or by text")
-    add("--policies", nargs="+", choices=known, default=known, metavar="NAME", help="default: all that there are")
+    add(
+        "--policies",
+        nargs="*",
+        choices=known,
+        default=known,
+        metavar="NAME",
+        help="default: all that there are; none may follow, if --caches are given",
+    )
+    add("--caches", nargs="+", default=[], metavar="CACHE", help=CACHES)
     add("--budgets", nargs="+", type=positive, metavar="N", help=f"cached image tokens (default: {BUDGETS})")
     add("--seeds", nargs="+", type=int, metavar="N", help="default: the protocol's")
     add("--images", type=positive, metavar="N", help="of each cache and seed (default: the protocol's)")
@@ -350,7 +386,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="own",
         help="first and newest tokens that always stay: each policy's own numbers (default), or ADSA's for all",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.policies and not args.caches:
+        parser.error("nothing to compare: give --policies or --caches")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -363,6 +402,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds, images = args.seeds or list(task.seeds), args.images or task.images
     budgets = sorted(set(args.budgets or BUDGETS[args.task]), reverse=True)
     caches = [resolved(policy, budget, args.split == "common") for budget in budgets for policy in args.policies]
+    caches += [keys for keys in (keys_of(parse_cache(text)) for text in args.caches) if keys not in caches]
     experiment = Experiment(protocol, args.task, images, folder / "cells")
     wanted = [(cache, seed) for seed in seeds for cache in [None, *caches]]
     cells = {}

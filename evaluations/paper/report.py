@@ -1,5 +1,6 @@
 """What the scripts of this folder leave: table.md for people, table.json with every number, plots."""
 
+import itertools
 import json
 import os
 import shlex
@@ -63,6 +64,16 @@ def write_report(
 def interval_told(mean: float, interval: Sequence[float], digits: int = 3) -> str:
     """'0.912 (0.905 to 0.919)'."""
     return f"{mean:.{digits}f} ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+
+
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How the line of each policy is drawn, {name: matplotlib's keywords}: ADSA's stand out."""
+    own = {"adsa": "black", "adsa_plus": "crimson"}
+    found, others = {}, itertools.cycle(plt.get_cmap("tab20").colors)
+    for name in dict.fromkeys(names):
+        color, width = (own[name], 2.5) if name in own else (next(others), 1)
+        found[name] = {"color": color, "linewidth": width, "marker": "o", "markersize": 4}
+    return found
 
 
 def save_plot(path: Path, figure: Figure) -> None:

@@ -70,6 +70,7 @@ class Cost:
             "images_per_batch": cache.get("images_per_batch"),
             "images_per_second": [record.get("images_per_second") for record in self.records],
             "step_ms": [_step_ms(record, self.tokens) for record in self.records],
+            "devices": sorted({record["device"] for record in self.records}),
             "interrupted": sum(bool(record["earlier_sessions"]) for record in self.records),
         }
 

@@ -23,7 +23,7 @@ from evaluations import markdown  # noqa: E402
 from evaluations.flags import positive  # noqa: E402
 from evaluations.paper.loss import Setting, Sweep, compass_of  # noqa: E402
 from evaluations.paper.protocol import add_model_flag, load_protocol, output_folder  # noqa: E402
-from evaluations.paper.report import plt, save_plot, write_report  # noqa: E402
+from evaluations.paper.report import plt, save_plot, styles, write_report  # noqa: E402
 from evaluations.paper.variants import known  # noqa: E402
 from evaluations.perplexity import cache_name  # noqa: E402
 
@@ -123,12 +123,10 @@ def draw_policies(sweep: Sweep, both: dict[str, dict[tuple[str, int], Setting]],
     """Loss more than dense against the budget, on logarithmic axes."""
     figure, panels = plt.subplots(1, len(both), figsize=(6.5 * len(both), 5), sharey=True)
     for axes, (title, found) in zip(panels, both.items(), strict=True):
-        for index, name in enumerate(dict.fromkeys(name for name, _ in found)):
+        for name, style in styles(name for name, _ in found).items():
             budgets = sorted(budget for policy, budget in found if policy == name)
             means = np.array([sweep.more(found[name, budget]) for budget in budgets])
-            style = {"linewidth": 2.5 if name.startswith("adsa") and name != "adsa_inverse" else 1, "marker": "o"}
-            color = plt.get_cmap("tab20")(index % 20)
-            axes.errorbar(budgets, means[:, 0], means[:, 1], label=name, color=color, capsize=2, **style)
+            axes.errorbar(budgets, means[:, 0], means[:, 1], label=name, capsize=2, **style)
         ticks = sorted({budget for _, budget in found})
         axes.set(title=title, xlabel="cached image tokens", xscale="log", yscale="log")
         axes.set_xticks(ticks, ticks)

@@ -41,6 +41,9 @@ def test_by_class(protocol_file, codes, launched, tmp_path, capsys):
     kinds = {one["class"] for one in record["failures"]["adsa"]["classes"]}
     assert sum(one["images"] for one in record["failures"]["adsa"]["classes"]) == 12 and len(kinds) > 1
     assert record["failures"]["adsa"]["budget"] == 9
+    # Devices and batch sizes round otherwise; neither makes another cell.
+    assert "device" not in json.loads((out / "cells" / "dense-seed0.json").read_text())["identity"]
+    assert small["cost"][0]["devices"]
     assert (out / "curves.png").stat().st_size > 1000
 
     # What is there needs no images any more.
@@ -66,6 +69,29 @@ def test_common_split():
     common = {name: headtohead.resolved(name, 64, common=True) for name in ("random", "h2o", "adsa")}
     assert {(cache["prefix"], cache["local"]) for cache in common.values()} == {(8, 32)}
     assert headtohead.cell_name(common["h2o"]) == "h2o-64-8-32"
+
+
+def test_other_caches(protocol_file, codes, launched, tmp_path):
+    path, out = protocol_file(c2i={"codes": codes}), tmp_path / "out"
+    caches = ["streaming-9:merge=true", "adsa-9:prefix=1,local=4", "full:dtype=int8"]
+    flags = ["--model", str(path), "--output", str(out), "--seeds", "0", "--policies"]
+    headtohead.main([*flags, "--caches", *caches])
+    there = {file.stem for file in (out / "cells").iterdir()}
+    assert there == {"dense-seed0", "streaming-9-1-8-merge=True-seed0", "adsa-9-1-4-seed0", "full-dtype=int8-seed0"}
+    text = (out / "table.md").read_text()
+    assert "| streaming, merge=True | 1 + 0 + 8 |" in text and "| adsa | 1 + 4 + 4 |" in text
+    whole = text[text.index("### 36 of 36 tokens") : text.index("### 9 of 36 tokens")]
+    assert "| full, dtype=int8 | - |" in whole
+    failures = json.loads((out / "table.json").read_text())["failures"]
+    assert {name: found["budget"] for name, found in failures.items()} == {
+        "streaming, merge=True": 9,
+        "adsa": 9,
+        "full, dtype=int8": 36,
+    }
+    with pytest.raises(SystemExit):
+        headtohead.main(flags)
+    with pytest.raises(OptionError, match="cache 'adsa-9:nope=1'"):
+        headtohead.main([*flags, "--caches", "adsa-9:nope=1"])
 
 
 def test_by_text(protocol_file, launched, tmp_path):
