@@ -15,7 +15,7 @@ from adsa.config import CacheConfig
 from adsa.order import Order
 from adsa.queries import QueryRecord
 from adsa.similarity import RunningSimilarity
-from adsa.storage import ALL, CODECS, Plain, Storage
+from adsa.storage import CODECS, Plain, Storage
 
 # Scores become fixed-point numbers with the arrival in the low bits: one integer order, ties included.
 _FRACTION = 2.0**28
@@ -300,11 +300,11 @@ class Slots:
         self.targets = []
 
     def similarities(self) -> Tensor:
-        """s_i (Eq. 3) of what the policy compares, ``[R, G, N]``; by parts where it has to be widened or decoded."""
+        """s_i (Eq. 3) of what the policy compares, ``[R, G, N]``."""
         first, end, store = self.condition_slots, self.condition_slots + self.filled, self._featured
         as_is = store.dtype == self.similarity.total.dtype and self.config.dtype not in CODECS
         heads, dim = self.similarity.total.shape[1:]
-        parts = [ALL] if as_is else self.chunks(heads * self.filled * dim)
+        parts = self.chunks(heads * self.filled * (1 if as_is else dim))
         return torch.cat([self.similarity.score(store.read(first, end, rows), rows) for rows in parts])
 
     @property
@@ -318,17 +318,13 @@ class Slots:
         And the slots to merge what is there into, or None.
         """
         if self._taken >= self.renewal or self._taken + tokens > self._ranked:
-            first = self.prefix  # the prefix never leaves the first slots
-            arrivals = self.arrivals[..., first:]
-            stays = arrivals > self.count - self.local
-            for held in () if self.order is None else self.order.awaited[self.count]:
-                stays = stays | (arrivals == held)
-            ranks = _ranks(self.policy.score(self)[..., first:], arrivals).add(stays, alpha=_NEVER)
             self._taken = 0
+            score = self.policy.score(self)
+            found = torch.cat([self._least(score, rows) for rows in self.chunks(self.groups * self.filled)])
             if self._ranking is None:
                 self._taken = 1
-                return ranks.argmin(-1, keepdim=True) + first, None
-            self._ranking.copy_(ranks.topk(self._ranked, largest=False, sorted=True).indices + first)
+                return found, None
+            self._ranking.copy_(found)
             if self.merges:
                 self._into.copy_(
                     torch.cat([self._nearest(rows) for rows in self.chunks(self._into[0].numel() * self.filled)])
@@ -336,6 +332,18 @@ class Slots:
         taken = slice(self._taken, self._taken + tokens)
         self._taken += tokens
         return self._ranking[:, :, taken], self._into[:, :, taken] if self.merges else None
+
+    def _least(self, score: Tensor, rows: slice) -> Tensor:
+        """Of these rows the slots that may leave, the least worthy first: ``[rows, G, as many as are ranked]``."""
+        first = self.prefix  # the prefix never leaves the first slots
+        arrivals = self.arrivals[rows, :, first:]
+        stays = arrivals > self.count - self.local
+        for held in () if self.order is None else self.order.awaited[self.count]:
+            stays |= arrivals == held
+        ranks = _ranks(score[rows, :, first:], arrivals).add(stays, alpha=_NEVER)
+        if self._ranking is None:
+            return ranks.argmin(-1, keepdim=True) + first
+        return ranks.topk(self._ranked, largest=False, sorted=True).indices + first
 
     def chunks(self, numbers: int) -> list[slice]:
         """Rows in parts of at least a layer, for what takes so many ``numbers`` a row: what a CPU's caches hold, or on
