@@ -90,7 +90,7 @@ class RunningSimilarity:
         if self.joint:
             dots = dots.sum(1, keepdim=True)
         tie = TIE.get(v.dtype, TIE_SINGLE)
-        return (dots * self.inverse_norm[rows, :, :count] * (1 / (count * tie))).round() * tie
+        return dots.mul_(self.inverse_norm[rows, :, :count]).mul_(1 / (count * tie)).round_().mul_(tie)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"total": self.total, "inverse_norm": self.inverse_norm}

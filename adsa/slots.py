@@ -28,7 +28,7 @@ _NEVER = 1 << 62  # more than any rank; added, since masked_fill is several time
 def _ranks(score: Tensor, arrival: Tensor) -> Tensor:
     """int64 keys whose order is that of (score, arrival). ``[R, G, N]`` each."""
     wide = score.to(torch.promote_types(score.dtype, torch.float32)).clamp(-_LARGEST, _LARGEST)
-    return torch.add(arrival, (wide * _FRACTION).round().long(), alpha=1 << ARRIVAL_BITS)
+    return wide.mul_(_FRACTION).round_().long().mul_(1 << ARRIVAL_BITS).add_(arrival)
 
 
 def fold_bias(n: Tensor, dtype: torch.dtype) -> Tensor:
@@ -340,7 +340,7 @@ class Slots:
         stays = arrivals > self.count - self.local
         for held in () if self.order is None else self.order.awaited[self.count]:
             stays |= arrivals == held
-        ranks = _ranks(score[rows, :, first:], arrivals).add(stays, alpha=_NEVER)
+        ranks = _ranks(score[rows, :, first:], arrivals).add_(stays, alpha=_NEVER)
         if self._ranking is None:
             return ranks.argmin(-1, keepdim=True) + first
         return ranks.topk(self._ranked, largest=False, sorted=True).indices + first
