@@ -78,6 +78,7 @@ class Slots:
             tokens; None: nothing.
         count: image tokens that came in so far.
         filled: how many of them are here, in the first slots of the image.
+        ranked: how many victims one ranking names.
         capacity: image tokens that there is room for: the budget, or ``max_tokens`` when nothing is ever evicted.
         stored_k, stored_v: :class:`Storage`, condition slots included.
         targets: where the tokens of this step go, one after the other: a slot for all, or int64 ``[R, G, 1]``; counted
@@ -140,19 +141,19 @@ class Slots:
         self._arrivals = self._ranking = self.similarity = self.attention = None
         # One ranking names the victims of renew_every tokens, and of all that come at once.
         self.renewal = config.renewal
-        self._ranked = max(self.renewal, 1 if order is None else order.width)
-        self._taken = self._ranked
+        self.ranked = max(self.renewal, 1 if order is None else order.width)
+        self._taken = self.ranked
         if order is not None:
             self._check_order(order)
         if self.evicts or order is not None:
             arrivals = torch.arange(self.capacity, dtype=torch.int32, device=device)
             self._arrivals = arrivals.expand(rows, self.groups, -1).contiguous()
-        if self.selects or (self.evicts and (self._ranked > 1 or self.merges)):
-            named = self.budget - self.prefix - self.local if self.selects else self._ranked
+        if self.selects or (self.evicts and (self.ranked > 1 or self.merges)):
+            named = self.budget - self.prefix - self.local if self.selects else self.ranked
             self._ranking = torch.zeros(rows, self.groups, named, dtype=torch.int64, device=device)
         self._into = self.queries = None
         if self.merges:
-            self._into = torch.zeros(rows, self.groups, self._ranked, dtype=torch.int64, device=device)
+            self._into = torch.zeros(rows, self.groups, self.ranked, dtype=torch.int64, device=device)
         if self.policy.query_lines and (self.evicts or self.selects):
             window = self.policy.query_lines * self.columns
             self.queries = QueryRecord(rows, n_head or n_kv_head, head_dim, window=window, dtype=dtype, device=device)
@@ -180,11 +181,11 @@ class Slots:
         # The first ranking may come when there is room for all but one of the tokens that come in.
         here = self.budget - (order.width - 1)
         spare = min(here - self.prefix - (self.local - 1) - held, here - held - self.merges)
-        if spare < self._ranked:
+        if spare < self.ranked:
             raise ValueError(
                 f"cache budget {self.budget} is too small for tokens that come {order.width} at a time: beside prefix "
                 f"{self.prefix}, local {self.local} and {held} that hold another's place, {max(0, spare)} "
-                f"may go, and one ranking needs {self._ranked}"
+                f"may go, and one ranking needs {self.ranked}"
             )
 
     # What policies see: the image tokens now cached, N of them.
@@ -317,7 +318,7 @@ class Slots:
 
         And the slots to merge what is there into, or None.
         """
-        if self._taken >= self.renewal or self._taken + tokens > self._ranked:
+        if self._taken >= self.renewal or self._taken + tokens > self.ranked:
             self._taken = 0
             score = self.policy.score(self)
             found = torch.cat([self._least(score, rows) for rows in self.chunks(self.groups * self.filled)])
@@ -326,52 +327,64 @@ class Slots:
                 return found, None
             self._ranking.copy_(found)
             if self.merges:
-                self._into.copy_(
-                    torch.cat([self._nearest(rows) for rows in self.chunks(self._into[0].numel() * self.filled)])
-                )
+                parts = self.chunks(self._into[0].numel() * self.filled)
+                self._into.copy_(torch.cat([self.distances(found[rows], rows).argmin(-1) for rows in parts]))
         taken = slice(self._taken, self._taken + tokens)
         self._taken += tokens
         return self._ranking[:, :, taken], self._into[:, :, taken] if self.merges else None
 
     def _least(self, score: Tensor, rows: slice) -> Tensor:
         """Of these rows the slots that may leave, the least worthy first: ``[rows, G, as many as are ranked]``."""
-        first = self.prefix  # the prefix never leaves the first slots
-        arrivals = self.arrivals[rows, :, first:]
-        stays = arrivals > self.count - self.local
+        ranks = _ranks(score[rows], self.arrivals[rows]).add_(self.staying(rows), alpha=_NEVER)
+        if self._ranking is None:
+            return ranks.argmin(-1, keepdim=True)
+        return ranks.topk(self.ranked, largest=False, sorted=True).indices
+
+    def staying(self, rows: slice) -> Tensor:
+        """Which tokens may not leave, bool ``[rows, G, N]``: prefix, local window, what holds another's place."""
+        arrivals = self.arrivals[rows]
+        stays = arrivals > (self.count - 1 if self.selects else self.count) - self.local
+        stays[..., : self.prefix] = True  # the prefix never leaves the first slots
         for held in () if self.order is None else self.order.awaited[self.count]:
             stays |= arrivals == held
-        ranks = _ranks(score[rows, :, first:], arrivals).add_(stays, alpha=_NEVER)
-        if self._ranking is None:
-            return ranks.argmin(-1, keepdim=True) + first
-        return ranks.topk(self._ranked, largest=False, sorted=True).indices + first
+        return stays
 
     def chunks(self, numbers: int) -> list[slice]:
-        """Rows in parts of at least a layer, for what takes so many ``numbers`` a row: what a CPU's caches hold, or on
-        a GPU what is little beside a model."""
-        most = 2**19 if self.device.type == "cpu" else 2**25
-        layers = max(1, most // (self.batch * numbers))
-        step, rows = min(layers, self.layers) * self.batch, self.layers * self.batch
+        """Rows in parts, for what takes so many ``numbers`` a row: as many as a CPU's caches hold, or on a GPU as are
+        little beside a model."""
+        step = max(1, (2**18 if self.device.type == "cpu" else 2**25) // numbers)
+        rows = self.layers * self.batch
         return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
-    def _nearest(self, rows: slice) -> Tensor:
-        """Of each victim, the slot with the nearest key among those that stay, ``[rows, G, victims]``.
+    def distances(self, leaving: Tensor, rows: slice) -> Tensor:
+        """How unlike tokens that leave are to those that they may be merged into: squares of distances between keys.
 
-        Not of the last line, whose tokens the next line will look at one by one.
+        They may be merged into those that stay, but for the last line's, whose tokens the next line will look at one by
+        one.
+
+        Args:
+            leaving: slots, int64 ``[rows, G, L]``.
+            rows: these.
+
+        Returns:
+            ``[rows, G, L, N]``, inf for tokens that take none in.
         """
-        first, victims = self.condition_slots, self._ranking[rows]
+        first = self.condition_slots
         keys = self.stored_k.read(first, first + self.filled, rows)
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        leaving = keys.gather(2, victims.unsqueeze(-1).expand(-1, keys.shape[1], -1, keys.shape[-1]))
-        distance = keys.square().sum(-1).unsqueeze(2) - 2 * leaving @ keys.mT  # [rows, H, victims, N], less a constant
-        if self.groups == 1:
-            distance = distance.sum(1, keepdim=True)
+        square = torch.linalg.vector_norm(keys, dim=-1).square_()  # [rows, H, N]
+        mine = leaving.expand(-1, keys.shape[1], -1)
+        left = keys.gather(2, mine.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1]))
         arrivals = self.arrivals[rows]
-        leave = torch.zeros_like(arrivals, dtype=torch.bool).scatter_(2, victims, True)
+        leave = torch.zeros_like(arrivals, dtype=torch.bool).scatter_(2, leaving, True)
         for held in () if self.order is None else self.order.awaited[self.count]:
             leave |= arrivals == held
         never = leave | (arrivals >= self.count - self.columns)
         never = torch.where(never.all(-1, keepdim=True), leave, never)  # where nothing is older
-        return distance.masked_fill(never.unsqueeze(2), torch.inf).argmin(-1)
+        both = square.gather(2, mine).unsqueeze(-1) + square.masked_fill(never, torch.inf).unsqueeze(2)
+        found = torch.baddbmm(both.flatten(0, 1), left.flatten(0, 1), keys.flatten(0, 1).mT, alpha=-2)
+        found = found.clamp_(min=torch.finfo(found.dtype).tiny).view_as(both)
+        return found.sum(1, keepdim=True) if self.groups == 1 else found
 
     def _merge(self, slot: Tensor, into: Tensor) -> None:
         """A token that leaves becomes part of another. int64 ``[R, G, 1]`` each."""

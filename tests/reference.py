@@ -22,19 +22,29 @@ def hashed(position: int, head: int) -> float:
     return (x ^ (x >> 16)) / 2**32
 
 
-def moves(cached: list[int], chooser: "Choice") -> np.ndarray:
-    """How far the outputs of the last line's queries move, on average, if a token leaves: by leaving it out."""
-    found, first = [], len(chooser.conditions)
+def merging_cost(cached: list[int], chooser: "Choice") -> np.ndarray:
+    """ln of the largest odds that a query of the last line gives each token, times how far its key is from the nearest.
+
+    The nearest of those that take others in; for the twice as many tokens as a ranking names that have the least odds.
+    The others come after these.
+    """
+    odds, first = [], len(chooser.conditions)
     for part in range(len(chooser.heads)):
-        distances = []
         for query in (query for queries in chooser.queries[-chooser.columns :] for query in queries[part]):
-            weights, values = chooser.attention_of(query, part, cached)
-            for i in range(len(cached)):
-                rest = np.arange(len(weights)) != first + i
-                without = weights[rest] @ values[rest] / weights[rest].sum()
-                distances.append(np.linalg.norm(without - weights @ values))
-        found.append(np.reshape(distances, (-1, len(cached))).mean(0))
-    return np.sqrt(np.square(found).sum(0))
+            weights = chooser.attention_of(query, part, cached)[0][first:]
+            odds.append(weights / (1 - weights))
+    odds = dict(zip(cached, np.max(odds, axis=0), strict=True))
+    p = len(chooser.values) - 1
+    free = [j for j in cached[chooser.prefix :] if j <= p - chooser.local and j not in chooser.stand_ins]
+    few = sorted(free, key=odds.get)[: 2 * max(chooser.renew_every, chooser.width)]
+    here = p + (chooser.mode == "select")
+    stay = [j for j in cached if j not in few and j not in chooser.stand_ins]
+    stay = [j for j in stay if j < here - chooser.columns] or stay
+    worth = {j: 1000 + np.log(odds[j]) for j in cached}
+    for i in few:
+        nearest = min(np.linalg.norm(chooser.keys[i] - chooser.keys[j]) for j in stay)
+        worth[i] = np.log(odds[i]) + np.log(nearest)
+    return np.array([worth[j] for j in cached])
 
 
 def redundancy(policy: str, cached: list[int], chooser: "Choice") -> np.ndarray:
@@ -47,7 +57,7 @@ def redundancy(policy: str, cached: list[int], chooser: "Choice") -> np.ndarray:
     if policy == "adsa":
         return mean_similarity(values)
     if policy == "adsa_plus":
-        return -np.log(moves(cached, chooser))
+        return -merging_cost(cached, chooser)
     if policy == "adsa_inverse":
         return -mean_similarity(values)
     if policy in ("window", "streaming"):

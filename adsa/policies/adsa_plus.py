@@ -1,25 +1,29 @@
-"""A policy of this project's own: keep what attention could least do without, and merge what leaves into what stays."""
+"""A policy of this project's own: merge what attention misses least into what is most like it."""
 
 import torch
 from torch import Tensor
 
 from adsa.policies.base import Policy
 
+CANDIDATES = 2  # for each token that a ranking names
+
 
 class AdsaPlus(Policy):
-    """Keep the tokens without which the outputs would move most; merge the others into the nearest key.
+    """Keep the tokens that merging would cost most; merge the others into the nearest key.
 
-    A token's worth is how far the outputs of the last line's queries, attending to what is cached now, would move if it
-    left: with weight a, value v and output o, the others' weights grow to fill the gap, and o moves by exactly
+    What leaves is not lost (``merges``): the nearest key among those that stay, other than the last line's, stands for
+    both from then on, by the mean of keys and values and the count as a bias of the score. Equal keys lose nothing by
+    that. So a token's worth is
 
-        |o - v| * a / (1 - a).
+        max_q a_q / (1 - a_q) * |k - k'|,
 
-    So both redundant values, which ADSA looks for, and values that nobody attends to are worth little. What leaves is
-    not lost (``merges``): the nearest key among those that stay, other than the last line's, stands for both from then
-    on, by the mean of keys and values and the count as a bias of the score. Equal keys lose nothing by that.
+    with the weights a that the queries q of the last line give it among what is cached now, whose odds are how far the
+    outputs move if it leaves, in units of the distance to its value; and the distance of its key k to that which it
+    would be merged into, k'. The latter is looked at for the twice as many tokens as are to leave that have the
+    least odds; it would cost N^2 for all.
 
-    By default an eighth of the budget, up to four, are first tokens that always stay, and a quarter, up to one line of
-    24, the newest; one ranking serves twelve steps, where the budget allows.
+    By default an eighth of the budget are first tokens that always stay; no others do but the newest, as attention sees
+    to them. One ranking serves twelve steps, where the budget allows.
     """
 
     name = "adsa_plus"
@@ -28,27 +32,28 @@ class AdsaPlus(Policy):
     renewal = 12
 
     def split(self, budget: int) -> tuple[int, int]:
-        return min(4, budget // 8), max(1, min(24, budget // 4))
+        return budget // 8, 1
 
     def score(self, layer) -> Tensor:
         numbers = layer.queries.queries[0, :, :, 0].numel() * (layer.condition_slots + layer.filled)
-        return torch.cat([self._moves(layer, rows) for rows in layer.chunks(numbers)])
+        return torch.cat([self._worth(layer, rows) for rows in layer.chunks(numbers)])
 
     @staticmethod
-    def _moves(layer, rows: slice) -> Tensor:
-        """ln of the mean movement, ``[rows, G, N]``."""
-        keys, values, bias = layer.held(rows)
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        keys, values = keys.to(wide), values.to(wide)
-        queries = layer.queries.read(rows).to(wide).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # [R, H, Q, D]
+    def _worth(layer, rows: slice) -> Tensor:
+        """ln of the worth, ``[rows, G, N]``; beyond the candidates only in the order of odds, above these."""
+        keys, _, bias = layer.held(rows)
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        queries = (
+            layer.queries.read(rows).to(keys.dtype).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+        )  # [R, H, Q, D]
         scores = queries @ keys.mT * queries.shape[-1] ** -0.5
-        weights = (scores if bias is None else scores + bias).softmax(-1)
-        outputs = weights @ values
-        weights, values = weights[..., layer.condition_slots :], values[:, :, layer.condition_slots :]
-        # The distance of each output from each value, [R, H, Q, N], by one product.
-        square = outputs.square().sum(-1, keepdim=True) + values.square().sum(-1).unsqueeze(-2)
-        distance = (square - 2 * outputs @ values.mT).clamp(min=0).sqrt()
-        moves = (distance * weights / (1 - weights).clamp(min=1e-4)).mean(2)
+        weights = (scores if bias is None else scores + bias).softmax(-1)[..., layer.condition_slots :]
+        most = weights.amax(2)  # [R, H, N]
+        odds = most / (1 - most).clamp(min=1e-4)
         if layer.groups == 1:
-            moves = moves.square().sum(1, keepdim=True).sqrt()
-        return moves.log()
+            odds = odds.amax(1, keepdim=True)
+        few = min(CANDIDATES * layer.ranked, layer.filled - layer.prefix - layer.local)
+        _, candidates = odds.masked_fill(layer.staying(rows), torch.inf).topk(few, largest=False)
+        distance = layer.distances(candidates, rows).amin(-1)
+        worth = odds.log()
+        return worth.add(1000).scatter_(2, candidates, worth.gather(2, candidates) + distance.log() / 2)

@@ -49,7 +49,7 @@ def test_splits():
     assert CacheConfig("streaming", 256).split == (32, 224)
     assert CacheConfig("window", 256).split == (0, 256)
     assert CacheConfig("window", 256, renew_every=8).split == (0, 249)  # evicting by age, 8 at a time
-    assert CacheConfig("adsa_plus", 96).split == (4, 24)
+    assert CacheConfig("adsa_plus", 96).split == (12, 1)
     assert CacheConfig("full").slots(576) == 576
     assert CacheConfig("adsa", 256).slots(576) == 256
     assert CacheConfig("adsa", 256).slots(100) == 100
@@ -57,7 +57,7 @@ def test_splits():
 
 def test_renewal():
     assert [CacheConfig("adsa", 96).renewal, CacheConfig("adsa", 96, renew_every=5).renewal] == [1, 5]
-    assert [CacheConfig("adsa_plus", budget).renewal for budget in (96, 16, 5, 1)] == [12, 11, 4, 1]
+    assert [CacheConfig("adsa_plus", budget).renewal for budget in (96, 12, 5, 1)] == [12, 11, 4, 1]
     assert CacheConfig("adsa_plus", 96, prefix=60, local=30).renewal == 7  # only seven tokens may go
     assert CacheConfig("full").renewal == 1
 
