@@ -36,8 +36,8 @@ class Int8Linear(nn.Module):
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` of the scale's dtype -> ``[..., out]``."""
-        # The kernel reads 16 inputs at a time, and past the end of a row where they are no multiple of that.
+        """``[..., in]`` of the scale's dtype -> ``[..., out]``. Without the kernel, weights are unpacked first."""
+        # The kernel reads 16 inputs at a time: rows of another length are read past their ends, and not aligned.
         if _KERNEL and x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-1] % 16 == 0:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
