@@ -4,6 +4,7 @@ See --help. What is timed is in decoders.py.
 """
 
 import argparse
+import copy
 import json
 import math
 import platform
@@ -77,7 +78,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batches", nargs="+", type=positive, default=[1, 16], metavar="N", help="images (default: 1 16)")
     add("--cfg-scale", type=float, default=3.0, metavar="S", help="above 1, guidance doubles the rows (%(default)s)")
     add("--tokens", type=positive, default=576, metavar="N", help="of an image, a perfect square (%(default)s)")
-    add("--dtype", choices=("bf16", "fp16", "fp32"), help="of weights and cache (default: bf16 on a GPU, else fp32)")
+    told = "of weights and cache (default: bf16 on a GPU and with --quantize, else fp32)"
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help=told)
+    told = "weights of int8 under the --caches; dense without them comes as well, to be compared with"
+    add("--quantize", choices=("int8",), help=told)
     add("--compile", action=switch, default=False, help="torch.compile the models; a first round is not timed")
     add("--repeats", type=positive, default=3, metavar="N", help="rounds (%(default)s)")
     add("--steps", type=at_least_two, default=40, metavar="N", help="timed steps of each turn (%(default)s)")
@@ -180,16 +184,23 @@ def build_model(args: argparse.Namespace, device: "torch.device", dtype: "torch.
 
 def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
     """All that are timed, in the order of the table."""
+    from adsa import CacheConfig
+    from autoregressive.models.quantize import quantize
     from evaluations.decoders import HF, Decoder, HFModel, Upstream
 
-    names = list(dict.fromkeys(args.caches))
-    found = [Decoder(name, model, cache_config(name, first_timed(args))) for name in names]
+    caches = {name: cache_config(name, first_timed(args)) for name in args.caches}
+    models: list[Any] = [model]
+    if args.quantize:
+        models.append(quantize(copy.deepcopy(model)))
+        found = [Decoder("dense", model, CacheConfig("full"))]
+        found += [Decoder(f"{name} {args.quantize}", models[1], config) for name, config in caches.items()]
+    else:
+        found = [Decoder(name, model, config) for name, config in caches.items()]
     if args.upstream:
         found.append(Upstream("upstream", model))
-    models: list[Any] = [model]
     if args.hf:
         models.append(HFModel(model))
-        found += [HF(f"hf-{kind}", models[1], static=kind == "static") for kind in ("dynamic", "static")]
+        found += [HF(f"hf-{kind}", models[-1], static=kind == "static") for kind in ("dynamic", "static")]
     if args.compile:
         import torch
         import torch._dynamo.config as dynamo
@@ -451,7 +462,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     if device.type == "cpu" and not args.cpu:
         print("torch sees no GPU: this times the CPU", file=sys.stderr)
-    args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    args.dtype = args.dtype or ("bf16" if device.type == "cuda" or args.quantize else "fp32")
     dtype = DTYPES[args.dtype]
     for name in args.caches:
         cache_config(name, first_timed(args))  # before anything slow
@@ -483,7 +494,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 bar.set_description(f"{images} images, {row['cache']}")
                 if not row["status"]:
                     try:
-                        turn = take_turn(sides[which], model, images, args, device)
+                        side = sides[which]
+                        turn = take_turn(side, side.model if side.config else model, images, args, device)
                         if number >= 0:
                             row["turns"][number] = turn
                     except (RuntimeError, MemoryError) as error:

@@ -353,7 +353,7 @@ def demand(model: Transformer, rows: int, attended: float) -> dict[str, float]:
     weight_bytes = sum(weight.nbytes for weight in weights)
     products = sum(weight.numel() for weight in weights if weight.ndim == 2)
     numbers = args.n_layer * rows * attended * args.head_dim
-    kv_bytes = 2 * numbers * args.kv_heads * model.output.weight.itemsize
+    kv_bytes = 2 * numbers * args.kv_heads * model.tok_embeddings.weight.itemsize
     return {
         "weight_bytes": weight_bytes,
         "kv_bytes": kv_bytes,

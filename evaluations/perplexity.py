@@ -25,14 +25,13 @@ from torch.utils.data import default_collate  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from adsa import CacheConfig  # noqa: E402
-from autoregressive.models.checkpoint import load_model  # noqa: E402
 from autoregressive.models.generate import logits_of, new_cache  # noqa: E402
 from autoregressive.models.gpt import Transformer  # noqa: E402
 from autoregressive.models.sampling import guide  # noqa: E402
 from autoregressive.models.schedule import Schedule  # noqa: E402
 from autoregressive.sample.job import device_name, guarded, start_processes, versions  # noqa: E402
 from autoregressive.sample.options import OptionError, Options, parse_options, shown  # noqa: E402
-from autoregressive.sample.sampler import PRECISIONS, Blueprint  # noqa: E402
+from autoregressive.sample.sampler import Blueprint  # noqa: E402
 from autoregressive.train.gpt_training import CodeDataset  # noqa: E402
 from autoregressive.train.train_c2i import ClassDataset  # noqa: E402
 from autoregressive.train.train_t2i import CaptionDataset  # noqa: E402
@@ -172,14 +171,14 @@ class Compass:
             **data.identity,
             "images": len(self.indices),
         }
+        if blueprint.options.quantize:  # otherwise not told, as it was not before there was the option
+            identity["quantize"] = blueprint.options.quantize
         self.identity = json.loads(json.dumps(identity))
         folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
     def model(self) -> Transformer:
-        options = self.blueprint.options
-        dtype = PRECISIONS[options.precision]
-        return load_model(self.blueprint.gpt, options.gpt_ckpt, device=self.device, dtype=dtype)
+        return self.blueprint.load_gpt(self.device)
 
     def measure(self, cache: CacheConfig, window: int | None = None, cfg_scale: float = 1.0) -> dict[str, Any]:
         """What is known of a cache: "losses", nats a token for each image, and the settings; measured if need be.

@@ -292,7 +292,8 @@ def run_name(options: Options, prompts: str | None = None) -> str:
         f"{model.gpt_model.replace('/', '-')}-{checkpoint.stem}-{f'{prompts}-' if prompts else ''}"
         f"size-{model.image_size}-size-{run.image_size_eval}-"
         f"{model.vq_model}-topk-{sampling.top_k}-topp-{sampling.top_p}-temperature-{sampling.temperature}-"
-        f"cfg-{sampling.cfg_scale}-{f'zipar-{sampling.zipar_window}-' if sampling.zipar_window else ''}seed-{run.seed}"
+        f"cfg-{sampling.cfg_scale}-{f'zipar-{sampling.zipar_window}-' if sampling.zipar_window else ''}"
+        f"{f'{model.quantize}-' if model.quantize else ''}seed-{run.seed}"
     )
     cache, plain = asdict(options.cache), asdict(CacheOptions())
     told = [

@@ -18,6 +18,7 @@ from adsa import CacheConfig, KVCache
 from autoregressive.models.checkpoint import load_model, read_state_dict
 from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
+from autoregressive.models.quantize import quantize
 from autoregressive.sample.options import ROOT, ModelOptions, OptionError, Options, near, shown
 from tokenizer.files import fingerprint
 from tokenizer.tokenizer_image.images import to_uint8
@@ -30,7 +31,8 @@ class Blueprint:
     """What the options and the checkpoints' own metadata say about the two models, before any weight is read.
 
     Attributes:
-        options: the :class:`ModelOptions` with every None filled in; precision by the kind of device.
+        options: the :class:`ModelOptions` with every None filled in but that of quantize; precision by the kind of
+            device.
         gpt: the GPT on the meta device: its shape without its weights.
         vq: likewise the tokenizer.
         grid: image tokens along a side.
@@ -83,12 +85,21 @@ class Blueprint:
         build = (lambda **args: Transformer(ModelArgs(**args))) if "dim" in gpt_args else GPT_models[options.gpt_model]
         self.gpt = _on_meta(build, gpt_args | given, options.gpt_ckpt)
         if options.precision is None:
-            options.precision = "bf16" if device.type == "cuda" else "none"
+            options.precision = "bf16" if device.type == "cuda" or options.quantize else "none"
 
     @property
     def tokens(self) -> int:
         """Image tokens of one image."""
         return self.grid**2
+
+    def load_gpt(self, device: torch.device) -> Transformer:
+        """:attr:`gpt` with its weights, in the options' precision, and quantised if they say so. To be called once.
+
+        Raises:
+            CheckpointError: the weights can't be read or don't fit.
+        """
+        model = load_model(self.gpt, self.options.gpt_ckpt, device=device, dtype=PRECISIONS[self.options.precision])
+        return quantize(model) if self.options.quantize else model
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Name, size and hash of both checkpoints, by their option."""
@@ -185,9 +196,7 @@ class Sampler:
             new_cache(blueprint.gpt, 1, blueprint.tokens, cache=self.cache, zipar_window=self.sampling.zipar_window)
         except ValueError as error:
             raise OptionError(str(error)) from error
-        self.gpt: Transformer = load_model(
-            blueprint.gpt, model.gpt_ckpt, device=device, dtype=PRECISIONS[model.precision]
-        )
+        self.gpt = blueprint.load_gpt(device)
         self.vq: VQModel = load_model(blueprint.vq, model.vq_ckpt, device=device, dtype=torch.float32)
         if model.compile:
             import torch._dynamo.config as dynamo  # slow to import

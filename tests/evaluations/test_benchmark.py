@@ -109,6 +109,25 @@ def test_without_guidance(tiny, tmp_path):
     assert "1 row for each image" in (tmp_path / "table.md").read_text()
 
 
+def test_quantised(tiny, tmp_path):
+    flags = ["--caches", "dense", "adsa-12", "--quantize", "int8", "--batches", "1", "--upstream", "--hf"]
+    record = benched(tmp_path, *flags, "--whole-image")
+    names = ["dense", "dense int8", "adsa-12 int8", "upstream", "hf-dynamic", "hf-static"]
+    assert [row["cache"] for row in record["rows"]] == names
+    assert record["settings"]["dtype"] == "bf16"
+    products, norms = 2 * (16 * 48 + 16 * 16 + 3 * 16 * 48) + 64 * 16, 5 * 16
+    scales = 2 * (48 + 16 + 2 * 48 + 16) + 64
+    for row in record["rows"]:
+        need = row["turns"]["0"]["demand"]
+        int8 = row["cache"].endswith("int8")
+        assert need["weight_bytes"] == (products + 2 * (scales + norms) if int8 else 2 * (products + norms))
+        attended = 13 if "adsa" in row["cache"] else 1 + (33 + 36) / 2
+        assert need["kv_bytes"] == pytest.approx(2 * 2 * 2 * 16 * attended * 2)
+        assert need["flops"] == pytest.approx(2 * 2 * products + 4 * 2 * 2 * 16 * attended)
+        assert row["summary"]["against_dense"]["median"] > 0
+    assert record["rows"][0]["summary"]["against_dense"]["max"] == 1
+
+
 def test_out_of_memory_loses_one_cache(tiny, tmp_path, monkeypatch):
     class Hungry(Decoder):
         def fill(self, kv, count):
@@ -184,6 +203,7 @@ def test_cache_names():
             ["--caches", "adsaa-12"],
             "'adsaa-12' is neither dense nor POLICY-BUDGET or POLICY-BUDGET-renewN; policies: adsa",
         ),
+        (["--quantize", "int4"], "invalid choice: 'int4'"),
         (["--caches", "adsa-30"], "the largest budget is 28"),
         (["--caches", "adsa-12-renew12"], "renew_every 12 is too large"),
         (["--model", "GPT-Tin"], "did you mean GPT-Tiny"),

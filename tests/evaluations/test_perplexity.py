@@ -87,6 +87,22 @@ def test_the_script_measures_what_is_missing(arguments, tmp_path, capsys):
             main([*arguments, "--images", "5"])
 
 
+def test_a_quantised_model_is_another(arguments, tmp_path):
+    config, cell = tmp_path / "dense.yaml", tmp_path / "out" / "cells" / "full.json"
+    config.write_text(config.read_text() + "  precision: none\n")
+    main(arguments)
+    before = json.loads(cell.read_text())
+    assert "quantize" not in before["identity"], "or cells from before there was the option would be refused"
+    config.write_text(config.read_text() + "  quantize: int8\n")
+    with pytest.raises(OptionError, match=r"full\.json: of another model"):
+        main(arguments)
+    cell.unlink()
+    main(arguments)
+    after = json.loads(cell.read_text())
+    assert after["identity"] == before["identity"] | {"quantize": "int8"}
+    assert before["losses"] != after["losses"] == pytest.approx(before["losses"], abs=0.1)
+
+
 def test_codes_of_another_size_are_refused(arguments, tmp_path):
     codes = tmp_path / "codes"
     np.save(codes / "codes.npy", np.zeros((7, 1, 16), np.uint16))

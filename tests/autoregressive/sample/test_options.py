@@ -75,6 +75,7 @@ def test_base_is_overridden_key_by_key(config, tmp_path):
             "expected a number, got '1e-3' (YAML wants a point before the e, as in 1.0e-3)",
         ),
         ("model: {compile: 1}", "key 'model.compile': expected true or false, got 1"),
+        ("model: {quantize: int4}", "key 'model.quantize': expected one of int8, got 'int4' (did you mean int8?)"),
         ("model: {precision: bf15}", "expected one of none, fp16, bf16, got 'bf15' (did you mean bf16?)"),
         ("run: {class_labels: 3}", "key 'run.class_labels': expected a list, got 3"),
         ("sampling: {top_k: null}", "key 'sampling.top_k': expected a whole number, got None"),
@@ -103,6 +104,7 @@ def test_bad_file_is_named(capsys, config, text, told):
 def test_bad_flag_is_named(capsys):
     assert "unknown argument '--cfg-scal' (did you mean --cfg-scale?)" in refused(capsys, "--cfg-scal", "2")
     assert "--top-k: expected a whole number, got 'x'" in refused(capsys, "--top-k", "x")
+    assert "--quantize: expected one of int8, got 'int4' (did you mean int8?)" in refused(capsys, "--quantize", "int4")
     assert "got 'adsaa' (did you mean adsa?)" in refused(capsys, "--cache-policy", "adsaa")
     assert "no/such.yaml: No such file" in refused(capsys, "--config", "no/such.yaml")
     assert "unknown argument '--num-fid-samples'" in refused(capsys, "--num-fid-samples", "3", script="grid")

@@ -47,6 +47,19 @@ def test_compares_caches_on_the_same_noise(models, tmp_path, capsys, monkeypatch
     assert not np.array_equal(left, right)
 
 
+def test_quantised(models, tmp_path):
+    """In the same precision: other images, but not others altogether."""
+    grids = {}
+    for name in ("none", "int8"):
+        output = tmp_path / f"{name}.png"
+        flags = ["--class-labels", "1", "2", "--precision", "none", "--quantize", name, "--output", str(output)]
+        sample_c2i.main([*models, *flags])
+        with Image.open(output) as image:
+            grids[name] = np.asarray(image).astype(int)
+    off = np.abs(grids["int8"] - grids["none"])
+    assert 0 < off.mean() < 0.8 * np.abs(grids["none"][:, ::-1] - grids["none"]).mean()
+
+
 @pytest.mark.parametrize(
     "flags, told",
     [

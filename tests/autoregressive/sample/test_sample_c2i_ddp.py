@@ -147,10 +147,23 @@ def test_rows_decoded_at_once(models, unbroken, tmp_path):
     assert (made[0] != made[2]).any((1, 2, 3)).all()
 
 
+def test_quantised_weights_make_another_run(models, copied):
+    folder, flags = copied
+    sample_c2i_ddp.main([*models, *flags, "--precision", "none", "--quantize", "int8"])
+    quantised = folder.with_name(NAME.replace("seed", "int8-seed"))
+    made = [np.load(each / "samples.npz")["arr_0"] for each in (folder, quantised)]
+    assert (made[0] != made[1]).any()
+    shutil.rmtree(folder)
+    quantised.rename(folder)
+    with pytest.raises(RunError, match=r"model\.quantize is 'int8' there and None here"):
+        sample_c2i_ddp.main([*models, *flags])
+
+
 def test_a_run_made_before_there_was_an_option_goes_on(models, copied, capsys):
     folder, flags = copied
     record = json.loads((folder / "run.json").read_text())
-    del record["settings"]["sampling.zipar_window"]
+    for option in ("sampling.zipar_window", "model.quantize"):
+        del record["settings"][option]
     (folder / "run.json").write_text(json.dumps(record))
     sample_c2i_ddp.main([*models, *flags])
     assert capsys.readouterr().out.endswith(f"{folder / 'samples.npz'}\n")

@@ -105,14 +105,15 @@ def test_resizing_is_bicubic_without_antialias(tiny):
     assert sampler.seconds["vq"] > 0
 
 
-def test_compiling_changes_no_token(tiny, monkeypatch):
+@pytest.mark.parametrize("quantized", [None, "int8"])
+def test_compiling_changes_no_token(tiny, monkeypatch, quantized):
     """Traced as with --compile, but not put into C++, which takes half a minute."""
     graphs = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
     cond, seeds = torch.arange(2), torch.arange(2)
     tokens = []
     for compiled in (False, True):
-        options = Options(model=model_options(tiny, compile=compiled))
+        options = Options(model=model_options(tiny, compile=compiled, quantize=quantized))
         options.cache.policy, options.cache.budget = "adsa", 12
         tokens.append(Sampler(Blueprint(options.model, CPU), options, CPU).tokens(cond, seeds))
         assert (graphs.frame_count > 0) == compiled
@@ -124,3 +125,11 @@ def test_precision_is_the_gpts_alone(tiny):
     sampler = Sampler(Blueprint(options.model, CPU), options, CPU)
     assert {p.dtype for p in sampler.gpt.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in sampler.vq.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision, dtype", [(None, torch.bfloat16), ("none", torch.float32)])
+def test_quantised_is_bf16_unless_told(tiny, precision, dtype):
+    options = Options(model=model_options(tiny, precision=precision, quantize="int8"))
+    gpt = Sampler(Blueprint(options.model, CPU), options, CPU).gpt
+    assert {p.dtype for p in gpt.parameters()} == {dtype, torch.int8}
+    assert gpt.tok_embeddings.weight.dtype == dtype
