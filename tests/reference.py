@@ -23,7 +23,10 @@ def hashed(position: int, head: int) -> float:
 
 
 def moves(cached: list[int], chooser: "Choice") -> np.ndarray:
-    """How far the outputs of the last line's queries move, on average, if a token leaves: by leaving it out."""
+    """How far the outputs of the last line's queries move, on average, if a token leaves: by leaving it out.
+
+    Where it has more than 0.9999 of the weight, as if the others had 0.0001 together.
+    """
     found, first = [], len(chooser.conditions)
     for part in range(len(chooser.heads)):
         distances = []
@@ -31,8 +34,9 @@ def moves(cached: list[int], chooser: "Choice") -> np.ndarray:
             weights, values = chooser.attention_of(query, part, cached)
             for i in range(len(cached)):
                 rest = np.arange(len(weights)) != first + i
-                without = weights[rest] @ values[rest] / weights[rest].sum()
-                distances.append(np.linalg.norm(without - weights @ values))
+                others = weights[rest].sum()
+                without = weights[rest] @ values[rest] / others
+                distances.append(np.linalg.norm(without - weights @ values) * min(1, others / 1e-4))
         found.append(np.reshape(distances, (-1, len(cached))).mean(0))
     return np.sqrt(np.square(found).sum(0))
 
@@ -100,7 +104,7 @@ class Choice:
     def __init__(self, policy, budget, prefix, local, mode, renew_every, merge=False, *, heads, columns, width=1):
         self.merge, self.heads = merge, heads
         self.numbers = []  # of tokens that each stands for
-        self.queries, self.conditions = [], []  # [its heads, queries of one, D]; values [its heads, D]
+        self.queries, self.conditions = [], []  # [its heads, queries of one, D]; (key, value) [its heads, D] each
         self.policy, self.budget, self.prefix, self.local = policy, budget, prefix, local
         self.mode, self.renew_every, self.columns, self.width = mode, renew_every, columns, width
         self.keys, self.values, self.places = [], [], []
@@ -138,12 +142,10 @@ class Choice:
 
     def attention_of(self, query, part, visible):
         """Weights of the condition tokens and of these, and their values."""
-        keys = [self.keys[j][part] for j in visible]
-        scores = [
-            query @ key / np.sqrt(len(query)) + np.log(self.numbers[j]) for key, j in zip(keys, visible, strict=True)
-        ]
-        values = [value[part] for value in self.conditions] + [self.values[j][part] for j in visible]
-        return softmax(np.array([0.0] * len(self.conditions) + scores)), np.array(values)
+        tokens = self.conditions + [(self.keys[j], self.values[j]) for j in visible]
+        numbers = np.array([1] * len(self.conditions) + [self.numbers[j] for j in visible])
+        scores = np.array([query @ key[part] for key, _ in tokens]) / np.sqrt(len(query)) + np.log(numbers)
+        return softmax(scores), np.array([value[part] for _, value in tokens])
 
     def join(self, victim: int, target: int) -> None:
         """One token stands for two: the mean of both, by the numbers that they stand for, and all their attention."""
@@ -207,11 +209,12 @@ class Attention:
         self.choices = [Choice(**choice, heads=mine, columns=columns) for mine in heads]
         self.conditions = []  # values [H, D] of valid condition tokens
 
-    def condition(self, v):
-        """``[Hq, D]`` of one condition token: queries and keys are zero, so it is the mean over them so far."""
+    def condition(self, v, k=None):
+        """``[Hq, D]`` of one condition token: LlamaGen's queries and keys are zero, so the mean over them so far."""
+        k = np.zeros_like(v) if k is None else k
         self.conditions.append(v)
         for chooser in self.choices:
-            chooser.conditions.append(v[chooser.heads])
+            chooser.conditions.append((k[chooser.heads], v[chooser.heads]))
         return np.repeat(np.mean(self.conditions, axis=0), self.shared, axis=0)
 
     def images(self, tokens):

@@ -12,8 +12,9 @@ class AdsaPlus(Policy):
     A token's worth is how far the outputs of the last line's queries, attending to what is cached now, would move if it
     left: with weight a, value v and output o, the others' weights grow to fill the gap, and o moves by exactly
 
-        |o - v| * a / (1 - a).
+        |o - v| * a / (1 - a),
 
+    where 1 - a counts as at least 0.0001, as little is known of it beyond.
     So both redundant values, which ADSA looks for, and values that nobody attends to are worth little. What leaves is
     not lost (``merges``): the nearest key among those that stay, other than the last line's, stands for both from then
     on, by the mean of keys and values and the count as a bias of the score. Equal keys lose nothing by that.
