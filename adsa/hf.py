@@ -143,10 +143,10 @@ class ADSALayer(CacheLayerMixin):
         return keys, values
 
     def attend(self, query: Tensor, attention_mask: Tensor | None, scaling: float | None) -> Tensor | None:
-        """The queries ``[B, Hq, S, D]`` of the tokens that :meth:`update` took in, once for each time.
+        """Attention to what :meth:`update` handed out; to be called once for each time.
 
         Args:
-            query: of them.
+            query: ``[B, Hq, S, D]``, of the tokens that came in.
             attention_mask: bool ``[B, 1, S, N]``, as transformers makes it for sdpa, or None.
             scaling: of scores; None: D^-0.5.
 
@@ -154,7 +154,7 @@ class ADSALayer(CacheLayerMixin):
             ``[B, Hq, 1, D]`` for an image token; None for a prompt, which attends as in any cache.
 
         Raises:
-            ValueError: a second time; for a mask of numbers.
+            ValueError: if called a second time; for a mask of numbers.
         """
         if not self._awaits_queries:
             raise ValueError("several attentions share the keys of one layer, which ADSACache doesn't know how to rank")
@@ -289,8 +289,8 @@ class ADSACache(Cache):
             the budget; padding must be among them. None: those of the first forward pass, which is the prompt.
         max_tokens: image tokens there will be. Policy "full" and mode "select" allocate memory for them, and need it;
             others evict nothing if the budget is no less.
-        columns: tokens in a line of the image, for policies that look at places. None: it is square and has
-            ``max_tokens``.
+        columns: tokens in a line of the image, for merging and policies that look at places or lines. None: it is
+            square and has ``max_tokens``.
         offloading: keep all layers' keys and values in the CPU's memory but those of the layers at work.
 
     Raises:

@@ -210,7 +210,10 @@ class Attention:
         self.conditions = []  # values [H, D] of valid condition tokens
 
     def condition(self, v, k=None):
-        """``[Hq, D]`` of one condition token: LlamaGen's queries and keys are zero, so the mean over them so far."""
+        """``[Hq, D]`` of one condition token where queries and keys are zero, as LlamaGen's: the mean over them so far.
+
+        ``k``: None where they are. ``v`` and it: ``[H, D]``.
+        """
         k = np.zeros_like(v) if k is None else k
         self.conditions.append(v)
         for chooser in self.choices:

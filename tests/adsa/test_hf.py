@@ -547,8 +547,9 @@ def test_planner(family, tmp_path, capsys):
 def test_planner_reads_a_file_and_names_what_is_wrong(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(llama_config().to_dict() | {"architectures": None}))
-    main([str(path), "--budget", "8", "--tokens", "16", "--cache-dtype", "int8"])
-    assert "handed out 72 keys" in capsys.readouterr().out
+    for more in (["--cache-dtype", "int8"], ["--policy", "adsa_plus"], ["--policy", "tova"]):
+        main([str(path), "--budget", "8", "--tokens", "16", *more])
+        assert "handed out 72 keys" in capsys.readouterr().out
     for arguments, message in (
         ([str(path), "--budget", "8", "--tokens", "16", "--policy", "tovah"], "'tovah'.*did you mean 'tova'"),
         ([str(tmp_path / "none"), "--budget", "8", "--tokens", "16"], "none: no folder or file here, and as a name"),
