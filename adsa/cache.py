@@ -94,7 +94,14 @@ class LayerCache:
             mask = self._condition_mask(q)
             self.insert_condition(k, v)
             return _attention(q, k, v, mask)
-        keys, values, bias = self.update(k, v)
+        return self.attend_to(q, *self.update(k, v))
+
+    def attend_to(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention to what :meth:`update` returned, by the queries of the tokens that it took in.
+
+        To be called once for each update, as what the policy wants to know of queries and weights is noted here.
+        ``q`` and the result: ``[B, Hq, S, D]``, in the dtype of ``q``.
+        """
         if self.slots.queries is not None:
             self.slots.queries.add(self.count - q.shape[2], q, self.rows)
         if bias is not None and bias.dtype != self.slots.wide:
@@ -108,24 +115,25 @@ class LayerCache:
         Folding: keys of zero give each of the n valid tokens the score 0, so together they are exactly one token
         with the score ln(n) and the mean of their values.
 
-        They may come in parts, unless they are folded or some are padding.
+        They may come in parts, unless they are folded.
 
         Raises:
             ValueError: for more tokens than the cache was made for, or parts of what must come at once.
         """
         slots, rows, first = self.slots, self.rows, self.condition_came
-        at_once, left = slots.folds or slots.valid is not None, slots.condition_tokens - first
-        if k.shape[2] > left or (k.shape[2] < left and at_once):
+        left = slots.condition_tokens - first
+        if k.shape[2] > left or (k.shape[2] < left and slots.folds):
+            more, at_once = "more " * (first > 0), ", at once" * slots.folds
             raise ValueError(
-                f"the cache takes {left} {'more ' if first else ''}condition tokens{', at once' if at_once else ''}; "
-                f"these are {k.shape[2]}, after {self.count} image tokens"
+                f"the cache takes {left} {more}condition tokens{at_once}; these are {k.shape[2]}, after "
+                f"{self.count} image tokens"
             )
         self.condition_came += k.shape[2]
         if not slots.folds:
             slots.stored_k.write(first, k, rows)
             slots.stored_v.write(first, v, rows)
             if slots.valid is not None:
-                slots.bias[rows, ..., : slots.condition_tokens].masked_fill_(~slots.valid[:, None, None, :], -torch.inf)
+                self.hide_condition(slots.valid)
             return
         wide = torch.promote_types(v.dtype, torch.float32)
         weight = torch.ones(v.shape[0], v.shape[2], device=v.device) if slots.valid is None else slots.valid
@@ -134,6 +142,14 @@ class LayerCache:
         mean = (v * weight[:, None, :, None]).sum(2, keepdim=True) / n.clamp(min=1).view(-1, 1, 1, 1)
         slots.stored_v.write(0, mean.expand(-1, -1, slots.condition_slots, -1), rows)
         slots.bias[rows, ..., : slots.condition_slots] = fold_bias(n, slots.wide)[:, None, None]
+
+    def hide_condition(self, valid: Tensor) -> None:
+        """No image token sees the condition tokens that are padding. Of slots that were made with a ``valid``.
+
+        Args:
+            valid: bool ``[B, up to T]``, of the first condition tokens.
+        """
+        self.slots.bias[self.rows, ..., : valid.shape[1]].masked_fill_(~valid[:, None, None, :], -torch.inf)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Take in image tokens, each evicting another if there is no room.

@@ -6,6 +6,11 @@
     config = CacheConfig(policy="adsa", budget=256, prefix=32, local=128)
     model.generate(**inputs, past_key_values=ADSACache(config, model.config))
 
+Policies that look at queries or attention weights, and those that merge tokens, as adsa_plus does, need an attention of
+their own, which importing this module gives to transformers under the name "adsa":
+
+    model.set_attn_implementation("adsa")       # or from_pretrained(..., attn_implementation="adsa")
+
 What attention gets is ``[prompt | image slots]``, without a gap. Masks stay exact, though slots are in no particular
 order: transformers masks padding by column, and padding stands in the prompt alone; a single query sees all else.
 
@@ -25,10 +30,11 @@ import torch
 import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adsa.cache import LayerCache
 from adsa.config import DTYPES, CacheConfig
-from adsa.policies import POLICIES
 from adsa.slots import MOST_TOKENS, Slots
 
 
@@ -45,10 +51,15 @@ class ADSALayer(CacheLayerMixin):
     # The host counts steps, and generate() would record a CUDA graph for each of them. Compiling by hand is fine.
     is_compileable = False
 
-    def __init__(self, config: CacheConfig, image_start: int | None, max_tokens: int | None, columns: int | None):
+    def __init__(
+        self, config: CacheConfig, image_start: int | None, max_tokens: int | None, columns: int | None, n_head: int
+    ):
         # Without super().__init__(), which sets attributes that are properties here.
         self.config, self.image_start, self.max_tokens, self.columns = config, image_start, max_tokens, columns
+        self.n_head, self.attends = n_head, _attends(config)
         self.core: LayerCache | None = None
+        self._awaits_queries = False
+        self._image: tuple[Tensor, Tensor, Tensor | None] | None = None  # what an image token's query attends to
 
     @property
     def is_initialized(self) -> bool:
@@ -70,15 +81,19 @@ class ADSALayer(CacheLayerMixin):
                 f"keys {[*key_states.shape]} and values {[*value_states.shape]} differ in shape; ADSACache wants one"
             )
         batch, heads, length, dim = key_states.shape
+        prompt = length if self.image_start is None else self.image_start
         slots = Slots(
             self.config,
             batch=batch,
             n_kv_head=heads,
+            n_head=self.n_head,
             head_dim=dim,
-            condition_tokens=length if self.image_start is None else self.image_start,
+            condition_tokens=prompt,
             max_tokens=self.max_tokens or MOST_TOKENS,
             dtype=key_states.dtype,
             device=key_states.device,
+            # Which of them are padding, the first queries' mask will tell.
+            valid=torch.ones(batch, prompt, dtype=torch.bool) if self.attends else None,
             columns=self.columns,
         )
         self.core = LayerCache(slots)
@@ -93,15 +108,22 @@ class ADSALayer(CacheLayerMixin):
             Keys and values to attend to, ``[B, H, N, D]``: the prompt's, then those of image tokens.
 
         Raises:
-            ValueError: for several tokens at once where they can't be masked rightly.
+            ValueError: for several tokens at once where they can't be masked rightly; if the queries of those before
+                should have come to :meth:`attend`, and didn't.
         """
+        if self._awaits_queries:
+            raise ValueError(
+                f"{_own(self.config)}, and was not asked for that of the last ones: either the model's attention is no "
+                'longer "adsa" (call model.set_attn_implementation("adsa")), or it is a class of its own that takes no '
+                "attention function of transformers (take another policy)"
+            )
         if self.core is None:
             self.lazy_initialization(key_states, value_states)
         core, length = self.core, key_states.shape[2]
         of_prompt = min(length, core.slots.condition_tokens - core.condition_came)
         if length == 1 and not of_prompt:
-            keys, values, _ = core.update(key_states, value_states)
-            return keys.to(key_states.dtype), values.to(value_states.dtype)
+            image = core.update(key_states, value_states)
+            return self._hand_out(image[0].to(key_states.dtype), image[1].to(value_states.dtype), image)
         self._check_block(length - of_prompt)
         keys, values = key_states, value_states
         if core.used:
@@ -112,7 +134,39 @@ class ADSALayer(CacheLayerMixin):
             core.insert_condition(key_states[:, :, :of_prompt], value_states[:, :, :of_prompt])
         if of_prompt < length:
             core.insert(key_states[:, :, of_prompt:], value_states[:, :, of_prompt:])
+        return self._hand_out(keys, values)
+
+    def _hand_out(self, keys: Tensor, values: Tensor, image=None) -> tuple[Tensor, Tensor]:
+        """These keys and values; the keys with a note for :func:`adsa_attention` to find this layer by."""
+        if self.attends:
+            keys.adsa_layer, self._awaits_queries, self._image = self, True, image
         return keys, values
+
+    def attend(self, query: Tensor, attention_mask: Tensor | None, scaling: float | None) -> Tensor | None:
+        """Attention to what :meth:`update` handed out; to be called once for each time.
+
+        Args:
+            query: ``[B, Hq, S, D]``, of the tokens that came in.
+            attention_mask: bool ``[B, 1, S, N]``, as transformers makes it for sdpa, or None.
+            scaling: of scores; None: D^-0.5.
+
+        Returns:
+            ``[B, Hq, 1, D]`` for an image token; None for a prompt, which attends as in any cache.
+
+        Raises:
+            ValueError: if called a second time; for a mask of numbers.
+        """
+        if not self._awaits_queries:
+            raise ValueError("several attentions share the keys of one layer, which ADSACache doesn't know how to rank")
+        image, self._image, self._awaits_queries = self._image, None, False
+        if image is not None:
+            usual = query.shape[-1] ** -0.5
+            return self.core.attend_to(query if scaling in (None, usual) else query * (scaling / usual), *image)
+        if attention_mask is not None:
+            if attention_mask.dtype != torch.bool:
+                raise ValueError(f"{_own(self.config)}, and wants a mask of bool, not {attention_mask.dtype}")
+            self.core.hide_condition(attention_mask[:, 0, -1, : self.core.condition_came])
+        return None
 
     def _check_block(self, image_tokens: int) -> None:
         """Raises ValueError if several tokens can't come in at once."""
@@ -123,6 +177,11 @@ class ADSALayer(CacheLayerMixin):
             raise ValueError(
                 f"{image_tokens} more tokens came at once after a prompt of {core.slots.condition_tokens}. If the "
                 "prompt comes in parts, or has image tokens, say where they begin: ADSACache(..., image_start=N)"
+            )
+        if core.slots.queries is not None or core.slots.attention is not None:
+            raise ValueError(
+                f"{_own(self.config)}, one by one, and these are {image_tokens} at once: end the prompt where the "
+                "image begins, or take another policy"
             )
         if core.slots.selects:
             raise ValueError(f'mode "select" takes image tokens one at a time, and these are {image_tokens}')
@@ -153,7 +212,7 @@ class ADSALayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, the length of the prompt included, and free the memory."""
-        self.core = None
+        self.core, self._image, self._awaits_queries = None, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was, as beams need it. ``beam_idx``: int64 ``[B]``."""
@@ -188,6 +247,38 @@ class ADSALayer(CacheLayerMixin):
             self.core.slots.move_kv(self.core.slots.device)
 
 
+def adsa_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers' attention function "adsa": sdpa, but for keys of an :class:`ADSALayer` that asks for queries.
+
+    Arguments and result are those of any such function.
+
+    Raises:
+        ValueError: for models whose scores take more than scaling.
+    """
+    layer = getattr(key, "adsa_layer", None)
+    if layer is not None:
+        more = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+        if more:
+            raise ValueError(f"{_own(layer.config)}, without this model's {', '.join(more)}: take another policy")
+        out = layer.attend(query, attention_mask, scaling)
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register("adsa", adsa_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("adsa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
 class ADSACache(Cache):
     """A cache for ``generate(past_key_values=...)`` that keeps within a budget of image tokens, per layer and row.
 
@@ -198,13 +289,13 @@ class ADSACache(Cache):
             the budget; padding must be among them. None: those of the first forward pass, which is the prompt.
         max_tokens: image tokens there will be. Policy "full" and mode "select" allocate memory for them, and need it;
             others evict nothing if the budget is no less.
-        columns: tokens in a line of the image, for policies that look at places. None: it is square and has
-            ``max_tokens``.
+        columns: tokens in a line of the image, for merging and policies that look at places or lines. None: it is
+            square and has ``max_tokens``.
         offloading: keep all layers' keys and values in the CPU's memory but those of the layers at work.
 
     Raises:
-        ValueError: for a policy that needs attention weights, which no cache of transformers gets to see; for a model
-            that doesn't attend to all of the past in each layer; for flash attention, whose padding masks can't be met.
+        ValueError: for a policy that needs attention "adsa" where the model has another one; for a model that doesn't
+            attend to all of the past in each layer; for flash attention, whose padding masks can't be met.
     """
 
     def __init__(
@@ -225,8 +316,16 @@ class ADSACache(Cache):
                 f"{attention} finds padding by counting from the newest key, which is wrong for a cache that evicts: "
                 'use attn_implementation="sdpa" (on a GPU it runs flash kernels too, where no mask is needed)'
             )
+        if _attends(config) and attention != "adsa":
+            raise ValueError(
+                f"{_own(config)}, and this model's attention is {attention!r}: before the cache is made, call "
+                'model.set_attn_implementation("adsa")'
+            )
         config = replace(config, fold_condition=False)
-        layers = [ADSALayer(config, image_start, max_tokens, columns) for _ in range(text.num_hidden_layers)]
+        layers = [
+            ADSALayer(config, image_start, max_tokens, columns, text.num_attention_heads)
+            for _ in range(text.num_hidden_layers)
+        ]
         super().__init__(layers=layers, offloading=offloading)
 
     def _cores(self) -> list[LayerCache]:
@@ -292,23 +391,25 @@ def _allocated(core: LayerCache) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def _attends(config: CacheConfig) -> bool:
+    """Whether a cache must do the attention to image tokens itself."""
+    return config.merges or config.rule.query_lines > 0 or config.rule.attention_window is not None
+
+
+def _own(config: CacheConfig) -> str:
+    """How messages about that begin."""
+    return f"cache policy {config.policy!r}{' with merge' * config.merges} does the attention to image tokens itself"
+
+
 def _check(config: CacheConfig, image_start: int | None, max_tokens: int | None, columns: int | None) -> None:
     """Raises ValueError for what no model can have."""
-    able = [name for name, policy in POLICIES.items() if policy.attention_window is None and not policy.query_lines]
-    if config.policy not in able:
-        raise ValueError(
-            f"cache policy {config.policy!r} needs attention weights or queries, which transformers doesn't show to a "
-            f"cache; these work: {', '.join(able)}"
-        )
-    if config.merges:
-        raise ValueError("cache merge adds to attention scores, which a cache of transformers can't do: leave it out")
     for name, value, low in (("image_start", image_start, 0), ("max_tokens", max_tokens, 1), ("columns", columns, 1)):
         if value is not None and (not isinstance(value, int) or value < low):
             raise ValueError(f"{name} must be a whole number of tokens, at least {low}, not {value!r}")
     if max_tokens is None and (config.policy == "full" or config.mode == "select"):
         what = "policy 'full'" if config.policy == "full" else 'mode "select"'
         raise ValueError(f"{what} holds every image token: say how many there will be, ADSACache(..., max_tokens=N)")
-    if max_tokens is None and columns is None and config.rule.planar:
+    if max_tokens is None and columns is None and (config.rule.planar or config.rule.query_lines or config.merges):
         raise ValueError(f"cache policy {config.policy!r} looks at lines of the image: ADSACache(..., columns=N)")
 
 
@@ -341,9 +442,9 @@ def plan(config: CacheConfig, model_config: transformers.PretrainedConfig, *, pr
     """
     text = _text_config(model_config)
     heads, dim = _heads(text)
-    shape = {"batch": 1, "n_kv_head": heads, "head_dim": dim, "condition_tokens": prompt, "max_tokens": tokens}
-    slots = Slots(replace(config, fold_condition=False), dtype=dtype, device="meta", **shape)
-    return text.num_hidden_layers * sum(tensor.nbytes for tensor in slots.tensors().values())
+    layer = ADSALayer(replace(config, fold_condition=False), prompt, tokens, None, text.num_attention_heads)
+    layer.lazy_initialization(torch.empty(1, heads, 1, dim, dtype=dtype))
+    return text.num_hidden_layers * _allocated(layer.core)
 
 
 def _heads(text: transformers.PretrainedConfig) -> tuple[int, int]:
@@ -363,14 +464,19 @@ def _parameters(model_config: transformers.PretrainedConfig) -> tuple[str, int]:
     return type(model).__name__, sum(parameter.numel() for parameter in model.parameters())
 
 
-def _fed(config: CacheConfig, heads: int, dim: int, *, prompt: int, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
+def _fed(
+    config: CacheConfig, text: transformers.PretrainedConfig, *, prompt: int, tokens: int, dtype: torch.dtype
+) -> tuple[int, int]:
     """(most keys ever handed out, most bytes ever allocated) by one layer that a prompt and an image went through."""
-    layer = ADSALayer(replace(config, fold_condition=False), prompt, tokens, None)
+    heads, dim = _heads(text)
+    layer = ADSALayer(replace(config, fold_condition=False), prompt, tokens, None, text.num_attention_heads)
     generator = torch.Generator().manual_seed(0)
     keys = most = 0
     for length in [prompt] * (prompt > 0) + [1] * tokens:
         k, v = torch.randn(2, 1, heads, length, dim, generator=generator).to(dtype)
         keys = max(keys, layer.update(k, v)[0].shape[2])
+        if layer.attends:
+            layer.attend(k.repeat_interleave(text.num_attention_heads // heads, dim=1), None, None)
         most = max(most, _allocated(layer.core))
     return keys, most
 
@@ -427,7 +533,7 @@ def _report(args: argparse.Namespace) -> tuple[str, bool]:
         fits = [max(0, int((m * 2**30 - weights) // need)) for m in args.memory]
         slots = f"{args.prompt} + {cache.slots(args.tokens)}"
         lines.append(f"| {label} | {slots} | {need / 2**20:.1f} | {' | '.join(map(str, fits))} |")
-    keys, most = _fed(config, heads, dim, **sizes)
+    keys, most = _fed(config, text, **sizes)
     planned = plan(config, model_config, **sizes) // text.num_hidden_layers
     lines += [
         "",

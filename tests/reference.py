@@ -32,7 +32,7 @@ def merging_cost(cached: list[int], chooser: "Choice") -> np.ndarray:
     for part in range(len(chooser.heads)):
         for query in (query for queries in chooser.queries[-chooser.columns :] for query in queries[part]):
             weights = chooser.attention_of(query, part, cached)[0][first:]
-            odds.append(weights / (1 - weights))
+            odds.append(weights / np.maximum(1 - weights, 1e-4))
     odds = dict(zip(cached, np.max(odds, axis=0), strict=True))
     p = len(chooser.values) - 1
     free = [j for j in cached[chooser.prefix :] if j <= p - chooser.local and j not in chooser.stand_ins]
@@ -110,7 +110,7 @@ class Choice:
     def __init__(self, policy, budget, prefix, local, mode, renew_every, merge=False, *, heads, columns, width=1):
         self.merge, self.heads = merge, heads
         self.numbers = []  # of tokens that each stands for
-        self.queries, self.conditions = [], []  # [its heads, queries of one, D]; values [its heads, D]
+        self.queries, self.conditions = [], []  # [its heads, queries of one, D]; (key, value) [its heads, D] each
         self.policy, self.budget, self.prefix, self.local = policy, budget, prefix, local
         self.mode, self.renew_every, self.columns, self.width = mode, renew_every, columns, width
         self.keys, self.values, self.places = [], [], []
@@ -148,12 +148,10 @@ class Choice:
 
     def attention_of(self, query, part, visible):
         """Weights of the condition tokens and of these, and their values."""
-        keys = [self.keys[j][part] for j in visible]
-        scores = [
-            query @ key / np.sqrt(len(query)) + np.log(self.numbers[j]) for key, j in zip(keys, visible, strict=True)
-        ]
-        values = [value[part] for value in self.conditions] + [self.values[j][part] for j in visible]
-        return softmax(np.array([0.0] * len(self.conditions) + scores)), np.array(values)
+        tokens = self.conditions + [(self.keys[j], self.values[j]) for j in visible]
+        numbers = np.array([1] * len(self.conditions) + [self.numbers[j] for j in visible])
+        scores = np.array([query @ key[part] for key, _ in tokens]) / np.sqrt(len(query)) + np.log(numbers)
+        return softmax(scores), np.array([value[part] for _, value in tokens])
 
     def join(self, victim: int, target: int) -> None:
         """One token stands for two: the mean of both, by the numbers that they stand for, and all their attention."""
@@ -217,11 +215,15 @@ class Attention:
         self.choices = [Choice(**choice, heads=mine, columns=columns) for mine in heads]
         self.conditions = []  # values [H, D] of valid condition tokens
 
-    def condition(self, v):
-        """``[Hq, D]`` of one condition token: queries and keys are zero, so it is the mean over them so far."""
+    def condition(self, v, k=None):
+        """``[Hq, D]`` of one condition token where queries and keys are zero, as LlamaGen's: the mean over them so far.
+
+        ``k``: None where they are. ``v`` and it: ``[H, D]``.
+        """
+        k = np.zeros_like(v) if k is None else k
         self.conditions.append(v)
         for chooser in self.choices:
-            chooser.conditions.append(v[chooser.heads])
+            chooser.conditions.append((k[chooser.heads], v[chooser.heads]))
         return np.repeat(np.mean(self.conditions, axis=0), self.shared, axis=0)
 
     def images(self, tokens):
