@@ -14,8 +14,8 @@ class AdaptiveWindow:
     begin with. In the next pass the row above has one more, and the token must pass the test of speculative decoding
     against the distribution that follows from it (:func:`~autoregressive.models.sampling.revise`). If it passes, the
     row goes on from it; if not, it is drawn anew, and tested with one more token yet. Once the row above is whole
-    nothing is left to wait for. So no row begins less than ``window + 1`` tokens behind the row above, and whenever a
-    row begins, its first token has the distribution of the widest window that it was tested with.
+    nothing is left to wait for. So no row begins less than ``window + 1`` tokens behind the row above. As the test also
+    decides when to stop, first tokens are not distributed exactly as with any one window.
 
     Chosen here, as the paper decodes one image:
 
@@ -65,5 +65,5 @@ class AdaptiveWindow:
             self.probs = probs[:, index]
             drawn[:, index] = self.token
             self.waiting.clear()
-            if early and not self.passed.all():
+            if early and not (self.tests and self.passed.all()):
                 self.waiting.add(position)
