@@ -11,6 +11,8 @@ empty. :mod:`adsa.slots` names the victims, for all layers at once.
 Nothing here waits for the device: victims are tensors, and the host only counts steps.
 """
 
+from collections.abc import Collection, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -303,8 +305,21 @@ class KVCache:
 
     @property
     def order(self) -> Order | None:
-        """In which they come in; None: in raster order."""
+        """That which it was made for; None: raster order."""
         return self.layers[0].slots.order
+
+    def expect(self, places: Sequence[int], held: Collection[int], positions: Tensor) -> None:
+        """Before each pass of a cache with an :class:`~adsa.order.Order`: where the tokens that come in next belong.
+
+        Args:
+            places: their raster positions, ascending.
+            held: those of these that the token only holds until the place's own comes.
+            positions: ``places`` as an int tensor on the device.
+
+        Raises:
+            ValueError: for more than the order allows.
+        """
+        self.layers[0].slots.expect(places, held, positions)
 
     @property
     def slots(self) -> int:

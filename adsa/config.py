@@ -2,10 +2,11 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
+from adsa.order import Order
 from adsa.policies import POLICIES, Policy
 from adsa.storage import CODECS
 
@@ -133,6 +134,28 @@ class CacheConfig:
             return self.renew_every or 1
         prefix, local = self.split
         return max(1, min(self.rule.renewal, self.budget - prefix - local + 1, self.budget - self.merges))
+
+    def spare(self, order: Order) -> int:
+        """How many tokens one ranking can let go if they come in such an order."""
+        prefix, local = self.split
+        # The first ranking may come when there is room for all but one of the tokens that come in. Those that hold
+        # another's place stay as well.
+        here = self.budget - (order.width - 1) - order.held
+        return min(here - prefix - (local - 1), here - self.merges)
+
+    def fitted(self, order: Order) -> "CacheConfig":
+        """The same with the numbers that it comes to where tokens come in such an order.
+
+        What was left to the policy gives way to the tokens of a pass: first ``local``, then ``renew_every``.
+        """
+        if self.budget is None or self.mode == "select":
+            return self
+        prefix, local = self.split
+        if self.local is None:
+            here = self.budget - (order.width - 1) - order.held
+            local = max(1, min(local, here - prefix - max(self.renew_every or 1, order.width) + 1))
+        made = replace(self, prefix=prefix, local=local)
+        return replace(made, renew_every=self.renew_every or max(1, min(made.renewal, made.spare(order))))
 
     @property
     def merges(self) -> bool:

@@ -6,6 +6,7 @@ the selection costs a few operations a step, however many layers there are.
 """
 
 import math
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class Slots:
         device: where.
         valid: bool ``[B, T]``, which condition tokens are no padding; None: all.
         columns: image tokens in a line; None: the image is square and has ``max_tokens``.
-        order: in which the image tokens come in; None: in raster order. First and newest tokens, which always stay, are
+        order: of tokens that don't come in raster order; None: they do. First and newest tokens, which always stay, are
             then the first and the newest to come.
 
     Attributes:
@@ -108,6 +109,7 @@ class Slots:
         if max_tokens > MOST_TOKENS:
             raise ValueError(f"max_tokens {max_tokens} is beyond the {MOST_TOKENS} tokens a cache can tell apart")
         dtype = config.torch_dtype or dtype
+        config = config if order is None else config.fitted(order)
         self.config, self.policy = config, config.rule
         self.layers, self.batch, self.dtype, self.device = layers, batch, dtype, torch.device(device)
         self.budget = config.slots(max_tokens)
@@ -119,6 +121,11 @@ class Slots:
         self.count = self.filled = 0
         self.targets: list[int | Tensor] = []
         self.hidden: Tensor | None = None
+        # With an order: the places that tokens came to, {place: the arrival that holds it for another}, and what comes
+        # next: {place: whether it is only held}.
+        self._came: set[int] = set()
+        self._held: dict[int, int] = {}
+        self._coming: dict[int, bool] = {}
 
         rows, joint = layers * batch, config.granularity == "layer"
         self.groups = 1 if joint else n_kv_head
@@ -137,7 +144,7 @@ class Slots:
         shape = (rows, n_kv_head, size, head_dim)
         codec = CODECS.get(config.dtype, Plain())
         self.stored_k, self.stored_v = (Storage(codec, shape, dtype, device) for _ in "kv")
-        self._places = None if order is None else torch.tensor(order.positions, dtype=torch.int32).to(device)
+        self._places = None if order is None else torch.zeros(order.arrivals, dtype=torch.int32, device=device)
         self._arrivals = self._ranking = self.similarity = self.attention = None
         # One ranking names the victims of renew_every tokens, and of all that come at once.
         self.renewal = config.renewal
@@ -177,14 +184,11 @@ class Slots:
             raise ValueError('a cache in mode "select" takes tokens in raster order only, as each query has its own')
         if not self.evicts:
             return
-        held = max(map(len, order.awaited))  # those that hold a place for another stay as well
-        # The first ranking may come when there is room for all but one of the tokens that come in.
-        here = self.budget - (order.width - 1)
-        spare = min(here - self.prefix - (self.local - 1) - held, here - held - self.merges)
+        spare = self.config.spare(order)
         if spare < self.ranked:
             raise ValueError(
                 f"cache budget {self.budget} is too small for tokens that come {order.width} at a time: beside prefix "
-                f"{self.prefix}, local {self.local} and {held} that hold another's place, {max(0, spare)} "
+                f"{self.prefix}, local {self.local} and {order.held} that hold another's place, {max(0, spare)} "
                 f"may go, and one ranking needs {self.ranked}"
             )
 
@@ -194,7 +198,7 @@ class Slots:
     def newest(self) -> int:
         """Position of the token that the choice is made for: the incoming one, or in mode "select" the last cached."""
         if self.order is not None:
-            return self.order.positions[self.count]
+            return next(iter(self._coming))
         return self.count - 1 if self.selects else self.count
 
     @property
@@ -231,7 +235,7 @@ class Slots:
         if self.order is None:
             return (self.newest - self.columns * torch.arange(lines, device=self.device)).clamp(0, self.columns)
         lengths = [0] * lines
-        for place in set(self.order.positions[: self.count]):
+        for place in self._came:
             lengths[place // self.columns] += 1
         return torch.tensor(lengths).to(self.device)
 
@@ -246,6 +250,18 @@ class Slots:
 
     # A step: tokens of all layers come in.
 
+    def expect(self, places: Sequence[int], held: Collection[int], positions: Tensor) -> None:
+        """With an order: where the tokens that come in next belong, as :meth:`~adsa.cache.KVCache.expect` takes it."""
+        arrivals = self.count + len(places)
+        still = (self._held.keys() - set(places)) | set(held)
+        if arrivals > self.order.arrivals or len(still) > self.order.held:
+            raise ValueError(
+                f"the cache was made for {self.order}; with these there would be {arrivals} arrivals, and {len(still)} "
+                f"that hold another's place"
+            )
+        self._coming = {place: place in held for place in places}
+        self._places[self.count : arrivals] = positions
+
     def advance(self, tokens: int) -> None:
         """Find slots for so many tokens that come in at once, and take note of them as if they were there.
 
@@ -254,8 +270,10 @@ class Slots:
         """
         if self.evicts:  # else nobody asks before the layers have done so
             self.settle()
+        if self.order is not None and len(self._coming) != tokens:
+            raise ValueError(f"{tokens} tokens come in, and {len(self._coming)} were announced: call expect before")
         coming = [self.count + index for index in range(tokens)]
-        own = [None if self.order is None else self.order.replaces.get(arrival) for arrival in coming]
+        own = [self._held.get(place) for place in self._coming] or [None] * tokens
         evicted = max(0, self.filled + own.count(None) - self.capacity)
         if evicted and not self.evicts:
             raise ValueError(f"the cache was made for {self.capacity} image tokens, and this is one more")
@@ -285,7 +303,8 @@ class Slots:
                 self.bias.scatter_(3, (slot + self.condition_slots).unsqueeze(2).expand(-1, heads, -1, -1), 0.0)
             self._arrivals.scatter_(2, slot, arrival)
         self.count += tokens
-        self.hidden = None if self.order is None else self._later(tokens)
+        if self.order is not None:
+            self._arrived(coming)
 
     def settle(self) -> None:
         """Count the tokens of the last step among those to be similar to. To be called when all layers have them."""
@@ -345,7 +364,7 @@ class Slots:
         arrivals = self.arrivals[rows]
         stays = arrivals > (self.count - 1 if self.selects else self.count) - self.local
         stays[..., : self.prefix] = True  # the prefix never leaves the first slots
-        for held in () if self.order is None else self.order.awaited[self.count]:
+        for held in self._held.values():
             stays |= arrivals == held
         return stays
 
@@ -377,7 +396,7 @@ class Slots:
         left = keys.gather(2, mine.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1]))
         arrivals = self.arrivals[rows]
         leave = torch.zeros_like(arrivals, dtype=torch.bool).scatter_(2, leaving, True)
-        for held in () if self.order is None else self.order.awaited[self.count]:
+        for held in self._held.values():
             leave |= arrivals == held
         never = leave | (arrivals >= self.count - self.columns)
         never = torch.where(never.all(-1, keepdim=True), leave, never)  # where nothing is older
@@ -418,11 +437,18 @@ class Slots:
         slots = torch.arange(self.count, device=self.device).expand(self.layers * self.batch, self.groups, -1)
         return torch.cat([slots[..., : self.prefix], self._ranking, slots[..., -self.local :]], dim=-1)
 
-    def _later(self, tokens: int) -> Tensor | None:
-        """-inf for what the newest tokens must not see: places behind their own. ``[R, G, tokens, C + N]`` or None."""
-        places = self.order.positions[self.count - tokens : self.count]
-        if self.order.furthest[self.count - 1] <= min(places):
-            return None
+    def _arrived(self, arrivals: Sequence[int]) -> None:
+        """Take note of where the tokens that came in belong, and of what they must not see."""
+        places, self._coming = self._coming, {}
+        for arrival, (place, held) in zip(arrivals, places.items(), strict=True):
+            self._held.pop(place, None)
+            if held:
+                self._held[place] = arrival
+        self._came.update(places)
+        self.hidden = None if max(self._came) <= min(places) else self._later(len(places))
+
+    def _later(self, tokens: int) -> Tensor:
+        """-inf where the newest tokens must not look: at places behind their own. ``[R, G, tokens, C + N]``."""
         mine = self._places[self.count - tokens : self.count].unsqueeze(-1)
         later = self.positions.unsqueeze(2) > mine
         hidden = torch.zeros(*later.shape[:3], self.condition_slots + self.filled, dtype=self.dtype, device=self.device)

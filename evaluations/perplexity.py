@@ -81,9 +81,9 @@ def token_losses(
         cond = torch.cat([cond, model.null_condition(cond)])
     wide = torch.promote_types(model.tok_embeddings.weight.dtype, torch.float32)
     losses = torch.empty(batch, count, dtype=wide, device=tokens.device)
-    for logits, positions in logits_of(model, cond, kv, schedule, tokens):
+    for logits, step in logits_of(model, cond, kv, schedule, tokens):
         logits = guide(logits, cfg_scale) if guided else logits
-        for index, position in enumerate(positions):
+        for index, position in enumerate(step.draws):
             losses[:, position] = F.cross_entropy(logits[:, index], tokens[:, position], reduction="none")
     return losses
 
@@ -189,6 +189,8 @@ class Compass:
         name = cache_name(cache).replace(":", "-").replace(",", "-")
         name += f"-zipar{window}" * (window is not None) + f"-cfg{cfg_scale}" * (cfg_scale > 1)
         path = self.folder / f"{name}.json"
+        order = Schedule(self.blueprint.tokens, self.blueprint.grid, window).order
+        cache = cache if order is None else cache.fitted(order)
         prefix, local = cache.split
         settings = {
             "cache": asdict(cache)

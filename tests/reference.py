@@ -132,6 +132,8 @@ class Choice:
             if index == 0 and self.mode == "evict" and surplus > 0 and self.policy != "full":
                 victims = self.victims(surplus)
             own = [j for j in self.stand_ins if self.places[j] == place]
+            if stands_in:
+                self.stand_ins.add(p)
             if own:
                 self.stand_ins -= set(own)
                 self.cached[self.cached.index(own[0])] = p
@@ -142,8 +144,6 @@ class Choice:
                 if self.merge:
                     self.join(victim, target)
             self.cached.append(p)
-            if stands_in:
-                self.stand_ins.add(p)
         return self.selected(p) if self.mode == "select" and self.policy != "full" else list(self.cached)
 
     def attention_of(self, query, part, visible):
@@ -305,10 +305,11 @@ class Decoder:
         return [self.w["output.weight"] @ self.norm(x, "norm.weight") for x in tokens]
 
 
-def zipar(columns, lines, window):
+def zipar(columns, lines, window, unsure=()):
     """ZipAR by its rule, pass by pass: lists of (place, place whose token goes in there, place drawn or None).
 
-    The second row begins when the first is whole, another when the row above has ``window`` tokens more.
+    The second row begins when the first is whole, another when the row above has ``window`` tokens more; but not while
+    the place of its first token is in ``unsure``.
     """
     drawn = [1] + [0] * (lines - 1)
     waiting = []
@@ -326,38 +327,102 @@ def zipar(columns, lines, window):
             source = place
             if before[r] == 0 and r - 1 not in ends:
                 source = ends[-1] * columns + columns - 1
-                waiting.append(place)
+                waiting = [p for p in waiting if p != place] + [place]
+            elif before[r] == 0 and (place, place, None) in feeds:
+                feeds.remove((place, place, None))
             feeds.append((place, source, place + 1))
             drawn[r] += 1
         yield sorted(feeds)
+        for place in unsure:
+            drawn[place // columns] = 0
+
+
+class Image:
+    """One class-conditional image, with or without guidance.
+
+    Args:
+        cfg_scale, uniform: as :func:`decode` takes them.
+        passes: of the schedule, for the most tokens that come at once.
+        decoder: the other arguments of :class:`Decoder`.
+    """
+
+    def __init__(self, state, label, *, cfg_scale, uniform, passes, **decoder):
+        null = len(state["cls_embedding.embedding_table.weight"]) - 1
+        self.state, self.cfg_scale, self.uniform, self.tokens = state, cfg_scale, uniform, {}
+        labels = [label, null] if cfg_scale > 1 else [label]
+        self.rows = [Decoder(state, **decoder) for _ in labels]
+        for chooser in (c for row in self.rows for layer in row.attention for c in layer.choices):
+            chooser.width = max(map(len, passes))
+        embeddings = [state["cls_embedding.embedding_table.weight"][c] for c in labels]
+        first = [row.step([x], [None])[0] for row, x in zip(self.rows, embeddings, strict=True)]
+        self.tokens[0] = self.drawn(self.distribution(first), 0)
+
+    def distribution(self, logits):
+        logits = logits[0] if len(logits) == 1 else logits[1] + (logits[0] - logits[1]) * self.cfg_scale
+        return softmax(logits) if self.uniform is not None else (np.arange(len(logits)) == np.argmax(logits)) * 1.0
+
+    def drawn(self, probabilities, number):
+        u = 0.0 if self.uniform is None else self.uniform[number]
+        return int(np.searchsorted(np.cumsum(probabilities), u * probabilities.sum(), side="right"))
+
+    def step(self, feeds):
+        """One pass: {place drawn: its distribution}."""
+        embeddings = [self.state["tok_embeddings.weight"][self.tokens[source]] for _, source, _ in feeds]
+        flags = [(place, place != source) for place, source, _ in feeds]
+        logits = [row.step(embeddings, flags) for row in self.rows]
+        return {
+            target: self.distribution([of_row[index] for of_row in logits])
+            for index, (_, _, target) in enumerate(feeds)
+            if target is not None
+        }
 
 
 def decode(
     state, label, steps, *, n_head, n_kv_head, grid, choice, granularity, cfg_scale=1.0, uniform=None, window=None
 ):
     """Tokens of one class-conditional image: greedy, or by the numbers of ``uniform`` through the inverse CDF."""
-    null = len(state["cls_embedding.embedding_table.weight"]) - 1
-    labels = [label, null] if cfg_scale > 1 else [label]
-    rows = [Decoder(state, n_head, n_kv_head, grid, choice, granularity) for _ in labels]
-    tokens = {}
-
-    def draw(logits, place):
-        logits = logits[0] if len(rows) == 1 else logits[1] + (logits[0] - logits[1]) * cfg_scale
-        if uniform is None:
-            tokens[place] = int(np.argmax(logits))
-        else:
-            tokens[place] = int(np.searchsorted(np.cumsum(softmax(logits)), uniform[place], side="right"))
-
-    embeddings = [state["cls_embedding.embedding_table.weight"][c] for c in labels]
-    draw([row.step([x], [None])[0] for row, x in zip(rows, embeddings, strict=True)], 0)
+    shape = {"n_head": n_head, "n_kv_head": n_kv_head, "choice": choice, "granularity": granularity, "grid": grid}
     raster = [[(p, p, p + 1)] for p in range(steps - 1)]
     passes = raster if window is None else list(zipar(grid, steps // grid, window))
-    for chooser in (c for row in rows for layer in row.attention for c in layer.choices):
-        chooser.width = max(map(len, passes))
+    image = Image(state, label, cfg_scale=cfg_scale, uniform=uniform, passes=passes, **shape)
     for feeds in passes:
-        embeddings = [state["tok_embeddings.weight"][tokens[source]] for _, source, _ in feeds]
-        logits = [row.step(embeddings, [(place, place != source) for place, source, _ in feeds]) for row in rows]
-        for index, (_, _, target) in enumerate(feeds):
-            if target is not None:
-                draw([of_row[index] for of_row in logits], target)
-    return [tokens[place] for place in range(steps)]
+        for place, probabilities in image.step(feeds).items():
+            image.tokens[place] = image.drawn(probabilities, place)
+    return [image.tokens[place] for place in range(steps)]
+
+
+def decode_adaptively(
+    state, labels, steps, *, n_head, n_kv_head, grid, choice, granularity, cfg_scale=1.0, uniform=None, window
+):
+    """Tokens of images that are decoded together by ZipAR with an adaptive window, and the number of passes.
+
+    ``uniform`` holds ``3 * steps`` numbers for each image: for the draws, the tests, and what is drawn anew.
+    """
+    shape = {"n_head": n_head, "n_kv_head": n_kv_head, "choice": choice, "granularity": granularity, "grid": grid}
+    least = list(zipar(grid, steps // grid, window))
+    images = [
+        Image(state, label, cfg_scale=cfg_scale, uniform=numbers, passes=least, **shape)
+        for label, numbers in zip(labels, uniform or [None] * len(labels), strict=True)
+    ]
+    unsure, count, tests, before, passed = set(), 1, {}, {}, {}
+    for feeds in zipar(grid, steps // grid, window, unsure):
+        count += 1
+        early = {target for place, source, target in feeds if place != source}
+        for number, image in enumerate(images):
+            for place, now in image.step(feeds).items():
+                if (number, place) not in before:
+                    image.tokens[place] = image.drawn(now, place)
+                elif not passed[number, place]:
+                    token, old = image.tokens[place], before[number, place]
+                    index = place + tests[place] + 1
+                    test = 0.5 if image.uniform is None else image.uniform[steps + index]
+                    passed[number, place] = bool(test < min(1, now[token] / old[token]))
+                    if not passed[number, place]:
+                        image.tokens[place] = image.drawn(np.maximum(now - old, 0), 2 * steps + index)
+                if place in early:
+                    before[number, place] = now
+                    passed.setdefault((number, place), False)
+        tests = {place: tests.get(place, -1) + 1 for place in early}
+        unsure.clear()
+        unsure |= {p for p in early if not all(passed[number, p] for number in range(len(images)))}
+    return [[image.tokens[place] for place in range(steps)] for image in images], count

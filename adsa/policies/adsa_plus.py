@@ -18,9 +18,9 @@ class AdsaPlus(Policy):
         max_q a_q / (1 - a_q) * |k - k'|,
 
     with the weights a that the queries q of the last line give it among what is cached now, whose odds are how far the
-    outputs move if it leaves, in units of the distance to its value (1 - a counts as at least 0.0001); and the distance of its key k to that which it
-    would be merged into, k'. The latter is looked at for the twice as many tokens as are to leave that have the
-    least odds; it would cost N^2 for all.
+    outputs move if it leaves, in units of the distance to its value (1 - a counts as at least 0.0001); and the distance
+    of its key k to that which it would be merged into, k'. The latter is looked at for the tokens of least odds, twice
+    as many as are to leave; it would cost N^2 for all.
 
     By default an eighth of the budget are first tokens that always stay; no others do but the newest, as attention sees
     to them. One ranking serves twelve steps, where the budget allows.

@@ -1,14 +1,16 @@
 """The decode loop: condition in, image tokens out, through any KV cache."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adsa import CacheConfig, KVCache
+from autoregressive.models.adaptive import AdaptiveWindow
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling import draw, guide, probabilities, uniform_noise
-from autoregressive.models.schedule import Schedule
+from autoregressive.models.schedule import Pass, Schedule
 
 
 def new_cache(
@@ -30,26 +32,34 @@ def new_cache(
 
 
 def logits_of(
-    model: Transformer, cond: Tensor, kv: KVCache, schedule: Schedule, known: Tensor
-) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    model: Transformer,
+    cond: Tensor,
+    kv: KVCache,
+    schedule: Schedule,
+    known: Tensor,
+    waiting: Collection[int] | None = None,
+) -> Iterator[tuple[Tensor, Pass]]:
     """Run the model pass by pass.
 
     Args:
         model, cond: one row of ``cond`` for each row of the cache.
         kv: made for the same schedule; it may lose the second half of its rows on the way.
         schedule: what goes in when.
-        known: int64 ``[B, N]``, the tokens. The caller writes those that are told before going on.
+        known: int64 ``[B, N]``, the tokens. The caller writes those that are drawn before going on.
+        waiting: where the caller notes which tokens may change, as :meth:`Schedule.walk` takes it; None: none ever.
 
     Yields:
-        Logits ``[rows, P, V]`` and the raster positions of the P tokens to come.
+        Logits ``[rows, P, V]`` for the P tokens that the pass draws, and the pass.
     """
-    yield model(cond_idx=cond, cache=kv)[0][:, -1:], (0,)
-    for step, (positions, sources, rows) in zip(schedule.passes, schedule.on(known.device), strict=True):
+    yield model(cond_idx=cond, cache=kv)[0][:, -1:], Pass((), (), (0,), (0,))
+    for step, (positions, sources, rows) in schedule.on(known.device, waiting):
+        if schedule.order is not None:
+            kv.expect(step.positions, step.stand_ins, positions)
         idx = known.index_select(1, sources).repeat(kv.batch // len(known), 1)
         logits, _ = model(idx=idx, input_pos=positions + model.config.cls_token_num, cache=kv)
         if len(step.rows) < len(step.positions):
             logits = logits.index_select(1, rows)
-        yield logits, step.draws
+        yield logits, step
 
 
 @torch.no_grad()
@@ -69,6 +79,7 @@ def generate(
     kv: KVCache | None = None,
     start: Tensor | None = None,
     zipar_window: int | None = None,
+    zipar_adaptive: bool = False,
 ) -> Tensor:
     """Sample image tokens.
 
@@ -92,6 +103,9 @@ def generate(
             an image that starts with its own first tokens and has its own seed is that image. None: all are drawn.
         zipar_window: decode several rows at once (:class:`~autoregressive.models.schedule.Schedule`); None: raster
             order.
+        zipar_adaptive: the window is the smallest one, and each row's as wide as its first token needs
+            (:class:`~autoregressive.models.adaptive.AdaptiveWindow`). Rows begin for the whole batch at once, so an
+            image then depends on its batch.
 
     Returns:
         int64 ``[B, N]`` on the device of ``cond``. While decoding, tokens leave for host memory (section 4.2 of the
@@ -107,6 +121,8 @@ def generate(
         raise ValueError(f"max_new_tokens must be 1 to {model.config.block_size} (block_size), not {max_new_tokens}")
     if temperature < 0:
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
+    if zipar_adaptive and zipar_window is None:
+        raise ValueError("zipar_adaptive needs zipar_window, the smallest window that a row may begin with")
     _check_condition(model, cond)
     seeds = torch.randint(2**62, (batch,)) if seeds is None else torch.as_tensor(seeds)
     if seeds.shape != (batch,):
@@ -133,26 +149,38 @@ def generate(
         given = start.shape[1]
         known[:, :given] = start
 
-    noise = uniform_noise(seeds, max_new_tokens).T.contiguous().to(device) if sample_logits else None
+    # An image's first N numbers are for its draws, whatever follows them.
+    kinds = 3 if zipar_adaptive else 1
+    noise = torch.zeros(kinds, max_new_tokens, batch, device=device)
+    if sample_logits:
+        noise.copy_(uniform_noise(seeds, kinds * max_new_tokens).T.unflatten(0, (kinds, -1)))
+    adaptive = AdaptiveWindow(noise[1:]) if zipar_adaptive else None
+    waiting = None if adaptive is None else adaptive.waiting
     pinned = device.type == "cuda"
     tokens = torch.empty(max_new_tokens, batch, dtype=torch.long, pin_memory=pinned)
     guided = cfg_scale > 1.0
     if guided:
         cond = torch.cat([cond, model.null_condition(cond)])
-    for step, (logits, positions) in enumerate(logits_of(model, cond, kv, schedule, known)):
-        if max(positions) >= given:
+    for number, (logits, step) in enumerate(logits_of(model, cond, kv, schedule, known, waiting)):
+        positions = step.draws
+        if adaptive is not None or max(positions) >= given:
             logits = (guide(logits, cfg_scale) if guided else logits).flatten(0, 1)
             if sample_logits:
-                uniform = torch.stack([noise[position] for position in positions], dim=1).flatten()
-                drawn = draw(probabilities(logits, temperature, top_k, top_p), uniform)
+                uniform = torch.stack([noise[0, position] for position in positions], dim=1).flatten()
+                probs = probabilities(logits, temperature, top_k, top_p)
+                drawn = draw(probs, uniform)
             else:
                 drawn = logits.argmax(-1)
-            for position, token in zip(positions, drawn.view(batch, -1).unbind(1), strict=True):
+            drawn = drawn.view(batch, -1)
+            if adaptive is not None:
+                probs = probs if sample_logits else F.one_hot(drawn, logits.shape[-1]).to(logits.dtype)
+                adaptive.settle(step, probs.view(*drawn.shape, -1), drawn)
+            for position, token in zip(positions, drawn.unbind(1), strict=True):
                 if position >= given:
                     known[:, position] = token
         for position in positions:
             tokens[position].copy_(known[:, position], non_blocking=pinned)
-        if guided and -1 < cfg_interval < step:
+        if guided and -1 < cfg_interval < number:
             guided = False
             kv.keep_rows(batch)
     if pinned:

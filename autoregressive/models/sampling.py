@@ -54,6 +54,26 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cdf, target.unsqueeze(-1), right=True).squeeze(-1)
 
 
+def revise(token: Tensor, old: Tensor, new: Tensor, test: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
+    """Make tokens drawn from one distribution ones of another, and keep as many as can be.
+
+    The test of speculative decoding (arXiv 2211.17192): a token stays with probability min(1, new / old), and is else
+    drawn anew from the positive part of new - old.
+
+    Args:
+        token: int64 ``[B]``, drawn from ``old``.
+        old, new: ``[B, V]``.
+        test, again: ``[B]`` in [0, 1), for the test and for what is drawn anew.
+
+    Returns:
+        int64 ``[B]``, tokens of ``new``; and bool ``[B]``, which of them are those given.
+    """
+    before, now = (probs.gather(1, token.unsqueeze(1)).squeeze(1) for probs in (old, new))
+    more = (new - old).clamp(min=0)
+    stays = (test * before < now) | (more.sum(1) == 0)  # the latter by rounding alone
+    return torch.where(stays, token, draw(more, again)), stays
+
+
 def uniform_noise(seeds: Tensor, steps: int) -> Tensor:
     """The noise of each image, which depends on its seed alone. int64 ``[B]`` -> float32 ``[B, steps]``, on the CPU."""
     # Not torch's generator, which uses 32 bits of a seed on the CPU: of 50 000 images, two would share their noise.

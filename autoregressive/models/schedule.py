@@ -1,5 +1,6 @@
 """In which order the tokens of an image are decoded: one after the other, or several rows at once (ZipAR)."""
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,13 +26,19 @@ class Pass:
     rows: tuple[int, ...]
     draws: tuple[int, ...]
 
+    @property
+    def stand_ins(self) -> set[int]:
+        """The positions at which another row's end goes in."""
+        return {place for place, source in zip(self.positions, self.sources, strict=True) if place != source}
+
 
 @dataclass(frozen=True)
 class Schedule:
     """Raster order, or ZipAR's (arXiv 2412.04062): a row begins when the row above is ``window`` tokens ahead.
 
     The first row goes alone, as the second may not begin before there is any row end to go on from. Token c of row
-    r > 0 is drawn in pass ``columns + (r - 1) * window + c``, counted from 0, the condition's pass.
+    r > 0 is drawn in pass ``columns + (r - 1) * window + c``, counted from 0, the condition's pass; later where rows
+    are kept waiting (:class:`~autoregressive.models.adaptive.AdaptiveWindow`).
 
     A row that begins before the row above has ended lacks the token before its own first. The newest row end that is
     known goes in at that place; when the place's own token is there, its keys and values take over.
@@ -65,42 +72,73 @@ class Schedule:
         return self.window in (None, self.columns)
 
     @cached_property
-    def passes(self) -> list[Pass]:
-        """What goes in after the condition's pass, which the first token is drawn from."""
+    def order(self) -> Order | None:
+        """What a cache must know of it beforehand; None: raster order. Rows that wait stay within it."""
         if self.is_raster:
-            return [Pass((at,), (at,), (0,), (at + 1,)) for at in range(self.tokens - 1)]
-        columns, window, lines = self.columns, self.window, self.tokens // self.columns
-        begins = [0] + [columns + (row - 1) * window for row in range(1, lines)]
-        made = []
-        for number in range(1, begins[-1] + columns):
+            return None
+        lines = self.tokens // self.columns
+        early = max(0, lines - 2)  # rows that may begin before the row above has ended, at least a window behind it
+        return Order(
+            width=max(1, min(self.columns // self.window + 1, lines - 1)),
+            held=min((self.columns - 1) // self.window, early),
+            arrivals=self.tokens - 1 + early * (self.columns - self.window),
+        )
+
+    @cached_property
+    def passes(self) -> list[Pass]:
+        """What goes in after the condition's pass, which the first token is drawn from, if no row waits."""
+        return list(self.walk())
+
+    def walk(self, waiting: Collection[int] = ()) -> Iterator[Pass]:
+        """The passes after the condition's, one by one.
+
+        Args:
+            waiting: positions of first tokens that may change. When the next pass is asked for, the row of such a one
+                does not go on: the token is drawn again, with one more token in the row above.
+        """
+        if self.is_raster:
+            yield from (Pass((at,), (at,), (0,), (at + 1,)) for at in range(self.tokens - 1))
+            return
+        columns = self.columns
+        drawn = [1] + [0] * (self.tokens // columns - 1)  # tokens of each row
+        held = set()  # rows whose end another row's stands in for
+        while drawn[-1] < columns:
             feeds = {}  # position: (its source, what is drawn from it)
-            for row, begin in enumerate(begins):
-                column, first = number - begin, row * columns
-                if column == 0:  # of the rows that have ended, the last but for raster order's own
-                    known = max(above for above in range(row) if begins[above] + columns <= number)
-                    feeds[first - 1] = (known * columns + columns - 1, first)
-                elif 0 < column < columns:
-                    feeds[first + column - 1] = (first + column - 1, first + column)
-                elif column == columns and row + 1 < lines and begins[row + 1] < number:
-                    feeds[first + columns - 1] = (first + columns - 1, None)  # the place's own, at last
+            whole = [row for row, count in enumerate(drawn) if count == columns]
+            for row, count in enumerate(drawn):
+                last = row * columns + count - 1
+                if 0 < count < columns:
+                    feeds[last] = (last, last + 1)
+                elif count == columns and row in held:  # the place's own, at last
+                    feeds[last] = (last, None)
+                    held.remove(row)
+                elif count == 0:
+                    if drawn[row - 1] == columns:
+                        feeds[last] = (last, last + 1)
+                    elif row > 1 and drawn[row - 1] >= self.window:
+                        feeds[last] = (whole[-1] * columns + columns - 1, last + 1)
+                        held.add(row - 1)
+                    break
             at = sorted(feeds)
             rows = tuple(index for index, position in enumerate(at) if feeds[position][1] is not None)
             draws = tuple(feeds[at[index]][1] for index in rows)
-            made.append(Pass(tuple(at), tuple(feeds[position][0] for position in at), rows, draws))
-        return made
+            yield Pass(tuple(at), tuple(feeds[position][0] for position in at), rows, draws)
+            for position in draws:
+                if position not in waiting:
+                    drawn[position // columns] += 1
 
-    @cached_property
-    def order(self) -> Order | None:
-        """In which order a cache gets the tokens; None: in raster order."""
-        if self.is_raster:
-            return None
-        return Order(
-            tuple(p for step in self.passes for p in step.positions), max(len(p.positions) for p in self.passes)
-        )
+    def on(
+        self, device: torch.device, waiting: Collection[int] | None = None
+    ) -> Iterator[tuple[Pass, tuple[Tensor, Tensor, Tensor]]]:
+        """Each pass, with its (positions, sources, rows) as int64 tensors.
 
-    def on(self, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(positions, sources, rows) of each pass as int64 tensors, by one copy to the device."""
-        parts = [part for step in self.passes for part in (step.positions, step.sources, step.rows)]
-        flat = torch.tensor([value for part in parts for value in part], dtype=torch.int64).to(device)
-        split = iter(flat.split([len(part) for part in parts]))
-        return list(zip(split, split, split, strict=True))
+        What is known beforehand goes to the device by one copy.
+
+        Args:
+            waiting: as :meth:`walk` takes it; None: no row ever waits.
+        """
+        for known in [self.passes] if waiting is None else ([step] for step in self.walk(waiting)):
+            parts = [part for step in known for part in (step.positions, step.sources, step.rows)]
+            flat = torch.tensor([value for part in parts for value in part], dtype=torch.int64).to(device)
+            split = iter(flat.split([len(part) for part in parts]))
+            yield from zip(known, zip(split, split, split, strict=True), strict=True)

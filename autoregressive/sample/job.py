@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoregressive.models.checkpoint import CheckpointError
+from autoregressive.models.schedule import Schedule
 from autoregressive.sample.options import ROOT, CacheOptions, OptionError, Options
 from autoregressive.sample.run_folder import RunError, RunFolder, bar_interval
 from autoregressive.sample.sampler import Blueprint, Sampler, forget_peak_memory, peak_memory
@@ -270,11 +271,19 @@ _FREE = {
 def run_settings(options: Options, blueprint: Blueprint, device: torch.device) -> dict[str, Any]:
     """All that the images depend on, {dotted name: value}; checkpoints by what is in them, not by where they lie."""
     sections = options.values()
-    cache = options.cache_config()
+    cache, sampling = options.cache_config(), options.sampling
+    try:
+        order = Schedule(blueprint.tokens, blueprint.grid, sampling.zipar_window).order
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    if order is not None:
+        cache = cache.fitted(order)
     prefix, local = cache.split  # as they are, and not None for the policy's own
     sections["cache"] |= {"prefix": prefix, "local": local, "renew_every": cache.renewal, "merge": cache.merges or None}
+    sections["sampling"]["zipar_adaptive"] = sampling.zipar_adaptive or None  # as in runs that are older than it
     flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-    kept = {key: value for key, value in flat.items() if key not in _FREE}
+    free = _FREE - {"run.per_proc_batch_size"} if sampling.zipar_adaptive else _FREE
+    kept = {key: value for key, value in flat.items() if key not in free}
     return kept | blueprint.fingerprints() | {"device": device.type}
 
 
@@ -285,6 +294,7 @@ def run_name(options: Options, prompts: str | None = None) -> str:
         prompts: what a text-conditional run calls its prompts.
     """
     model, sampling, run = options.model, options.sampling, options.run
+    zipar = f"zipar-{sampling.zipar_window}-{'adaptive-' * sampling.zipar_adaptive}" if sampling.zipar_window else ""
     checkpoint = Path(model.gpt_ckpt)
     if model.from_fsdp and checkpoint.stem == "consolidated":
         checkpoint = checkpoint.parent
@@ -292,8 +302,7 @@ def run_name(options: Options, prompts: str | None = None) -> str:
         f"{model.gpt_model.replace('/', '-')}-{checkpoint.stem}-{f'{prompts}-' if prompts else ''}"
         f"size-{model.image_size}-size-{run.image_size_eval}-"
         f"{model.vq_model}-topk-{sampling.top_k}-topp-{sampling.top_p}-temperature-{sampling.temperature}-"
-        f"cfg-{sampling.cfg_scale}-{f'zipar-{sampling.zipar_window}-' if sampling.zipar_window else ''}"
-        f"{f'{model.quantize}-' if model.quantize else ''}seed-{run.seed}"
+        f"cfg-{sampling.cfg_scale}-{zipar}{f'{model.quantize}-' if model.quantize else ''}seed-{run.seed}"
     )
     cache, plain = asdict(options.cache), asdict(CacheOptions())
     told = [

@@ -175,6 +175,11 @@ class SamplingOptions:
         "default: raster order",
         metavar="TOKENS",
     )
+    zipar_adaptive: bool = option(
+        False,
+        "the window is the smallest one: a row begins when its first token, drawn again with more of the row above, "
+        "would stay for all images of the batch; so images depend on the batch that they are sampled in",
+    )
 
 
 @dataclass
@@ -344,6 +349,8 @@ class Options:
                 raise OptionError(
                     "sampling.zipar_window and model.compile don't go together: each pass is another graph"
                 )
+        elif sampling.zipar_adaptive:
+            raise OptionError("sampling.zipar_adaptive needs sampling.zipar_window, the smallest window")
         if not 0 <= sampling.temperature < float("inf"):
             raise OptionError(f"sampling.temperature must be 0 or more, not {sampling.temperature}")
 

@@ -259,6 +259,7 @@ class Sampler:
                 kv=kv,
                 start=start,
                 zipar_window=window,
+                zipar_adaptive=options.zipar_adaptive,
             )
 
     def images(self, tokens: Tensor, size: int) -> np.ndarray:

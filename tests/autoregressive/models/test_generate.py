@@ -9,7 +9,7 @@ from adsa.policies import POLICIES
 from autoregressive.models import sampling
 from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
-from autoregressive.models.sampling import draw, filter_top_p, uniform_noise
+from autoregressive.models.sampling import draw, filter_top_p, revise, uniform_noise
 from tests.golden import fill_weights
 
 TOKENS = 36
@@ -264,6 +264,18 @@ def test_draw_at_the_edges():
     probs = filter_top_p(logits, 0.5).softmax(-1)
     token = draw(probs, torch.full((64,), 1 - 2**-24))
     assert (probs.gather(1, token[:, None]) > 0).all()
+
+
+def test_revised_tokens_follow_the_new_distribution():
+    old, new = torch.tensor([[0.5, 0.25, 0.25, 0.0]]), torch.tensor([[0.125, 0.5, 0.25, 0.125]])
+    grid = (torch.arange(64) + 0.5) / 64
+    first, test, again = (numbers.flatten() for numbers in torch.meshgrid(grid, grid, grid, indexing="ij"))
+    token = draw(old.expand(len(first), -1), first)
+    made, stays = revise(token, old.expand(len(first), -1), new.expand(len(first), -1), test, again)
+    assert torch.equal(made[stays], token[stays])
+    assert stays.double().mean() == torch.minimum(old, new).sum()  # as many as can
+    share = torch.bincount(made, minlength=4) / len(made)
+    assert torch.allclose(share, new[0], atol=0.01)  # thirds of 64 are no whole numbers
 
 
 def test_noise_is_one_stream_per_seed():

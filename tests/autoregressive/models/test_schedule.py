@@ -102,7 +102,9 @@ def test_memory_keeps_within_the_budget(policy):
     assert kv.nbytes() == before and layer.slots.filled == min(TOKENS - 1, kv.slots)
     for places in layer.positions.flatten(0, 1).tolist():
         assert len(set(places)) == layer.slots.filled
-    assert not set(kv.order.replaces.values()) & set(layer.slots.arrivals.flatten().tolist())
+    came = [place in step.stand_ins for step in Schedule(TOKENS, GRID, 2).passes for place in step.positions]
+    stand_ins = {arrival for arrival, stands_in in enumerate(came) if stands_in}
+    assert len(stand_ins) == 4 and not stand_ins & set(layer.slots.arrivals.flatten().tolist())
 
 
 def test_teacher_forcing_follows_the_schedule():
@@ -128,6 +130,40 @@ def test_teacher_forcing_follows_the_schedule():
 def test_what_cannot_be_is_told(tokens, cache, window, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny(), torch.tensor(LABELS), tokens, cache=cache, zipar_window=window)
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "window", "most", "more"),
+    [
+        ("window", 20, 2, {"local": 12}, {"local": 13}),
+        ("streaming", 20, 1, {"prefix": 2, "local": 6}, {"local": 7}),
+        ("adsa_plus", 14, 2, {"renew_every": 6}, {"local": 3, "renew_every": 7}),
+    ],
+)
+def test_what_nobody_gave_leaves_room_for_the_tokens_of_a_pass(policy, budget, window, most, more):
+    model, seeds = tiny(), torch.arange(3)
+
+    def tokens(**given):
+        cache = CacheConfig(policy, budget, **given)
+        return generate(model, torch.tensor(LABELS), TOKENS, seeds=seeds, cache=cache, zipar_window=window).tolist()
+
+    assert tokens() == tokens(**most)
+    with pytest.raises(ValueError, match="is too small"):
+        tokens(**more)
+
+
+def test_a_cache_is_told_what_comes():
+    model, order = tiny(), Schedule(TOKENS, GRID, 2).order
+    kv = model.new_cache(CacheConfig("full"), 1, TOKENS, order=order)
+    model(cond_idx=torch.tensor([1]), cache=kv)
+    at = torch.tensor([0])
+    with pytest.raises(ValueError, match="1 tokens come in, and 0 were announced"):
+        model(idx=at[None], input_pos=at + 1, cache=kv)
+    with pytest.raises(ValueError, match=r"made for Order.* 3 that hold another's place"):
+        kv.expect((0, 1, 2), {0, 1, 2}, torch.arange(3))
+    kv.expect((0,), (), at)
+    model(idx=at[None], input_pos=at + 1, cache=kv)
+    assert kv.layers[0].positions.tolist() == [[[0]] * 4]
 
 
 def test_a_cache_of_another_schedule_is_refused():

@@ -159,10 +159,36 @@ def test_quantised_weights_make_another_run(models, copied):
         sample_c2i_ddp.main([*models, *flags])
 
 
+def test_rows_that_wait_for_the_batch(models, tmp_path):
+    """Images depend on their batch, whose size is one of the run's settings; what is made again is the same."""
+    flags = [*models, "--num-fid-samples", "8", "--cfg-scale", "4", "--zipar-window", "1", "--zipar-adaptive"]
+    flags += ["--sample-dir", str(tmp_path), "--per-proc-batch-size"]
+    sample_c2i_ddp.main([*flags, "4"])
+    (folder,) = tmp_path.iterdir()
+    assert "-zipar-1-adaptive-seed-0" in folder.name
+    made = content(folder)
+    for name in ("images/000002.png", "samples.npz"):
+        (folder / name).unlink()
+    with pytest.raises(RunError, match=r"run\.per_proc_batch_size is 4 there and 1 here"):
+        sample_c2i_ddp.main([*flags, "1"])
+    sample_c2i_ddp.main([*flags, "4"])
+    assert content(folder) == made
+    shutil.rmtree(folder)
+    sample_c2i_ddp.main([*flags, "1"])
+    assert content(folder)["samples.npz"] != made["samples.npz"]
+
+
+def test_the_split_is_recorded_as_it_is(models, tmp_path):
+    flags = [*models, "--num-fid-samples", "2", "--zipar-window", "2", "--cache-policy", "window", "--cache-budget"]
+    sample_c2i_ddp.main([*flags, "20", "--sample-dir", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / "run.json").read_text())["settings"]["cache.local"] == 12
+
+
 def test_a_run_made_before_there_was_an_option_goes_on(models, copied, capsys):
     folder, flags = copied
     record = json.loads((folder / "run.json").read_text())
-    for option in ("sampling.zipar_window", "model.quantize"):
+    for option in ("sampling.zipar_window", "sampling.zipar_adaptive", "model.quantize"):
         del record["settings"][option]
     (folder / "run.json").write_text(json.dumps(record))
     sample_c2i_ddp.main([*models, *flags])
