@@ -371,8 +371,8 @@ class Slots:
     def chunks(self, numbers: int) -> list[slice]:
         """Rows in parts, for what takes so many ``numbers`` a row: as many as a CPU's caches hold, or on a GPU as are
         little beside a model."""
-        step = max(1, (2**18 if self.device.type == "cpu" else 2**25) // numbers)
         rows = self.layers * self.batch
+        step = min(rows, max(1, (2**18 if self.device.type == "cpu" else 2**25) // numbers))
         return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
     def distances(self, leaving: Tensor, rows: slice) -> Tensor:
