@@ -137,7 +137,7 @@ def test_what_cannot_be_is_told(tokens, cache, window, message):
     [
         ("window", 20, 2, {"local": 12}, {"local": 13}),
         ("streaming", 20, 1, {"prefix": 2, "local": 6}, {"local": 7}),
-        ("adsa_plus", 14, 2, {"renew_every": 6}, {"local": 3, "renew_every": 7}),
+        ("adsa_plus", 14, 2, {"renew_every": 8}, {"renew_every": 9}),
     ],
 )
 def test_what_nobody_gave_leaves_room_for_the_tokens_of_a_pass(policy, budget, window, most, more):
