@@ -23,6 +23,7 @@ _FRACTION = 2.0**28
 _LARGEST = 2.0**15 - 1
 ARRIVAL_BITS = 18
 MOST_TOKENS = (1 << ARRIVAL_BITS) - 1  # image tokens that can be told apart
+CLOSE = 2.0**-10  # keys nearer than this are as good as equal; less is lost in a product's rounding, TF32's above all
 _NEVER = 1 << 62  # more than any rank; added, since masked_fill is several times as slow on a CPU
 
 
@@ -79,7 +80,7 @@ class Slots:
             tokens; None: nothing.
         count: image tokens that came in so far.
         filled: how many of them are here, in the first slots of the image.
-        ranked: how many victims one ranking names.
+        ranked: how many victims one ranking names, in mode "evict".
         capacity: image tokens that there is room for: the budget, or ``max_tokens`` when nothing is ever evicted.
         stored_k, stored_v: :class:`Storage`, condition slots included.
         targets: where the tokens of this step go, one after the other: a slot for all, or int64 ``[R, G, 1]``; counted
@@ -106,8 +107,8 @@ class Slots:
     ):
         if valid is not None and valid.shape != (batch, condition_tokens):
             raise ValueError(f"valid must be [{batch}, {condition_tokens}] (rows, condition), not {[*valid.shape]}")
-        if max_tokens > MOST_TOKENS:
-            raise ValueError(f"max_tokens {max_tokens} is beyond the {MOST_TOKENS} tokens a cache can tell apart")
+        if (most := max_tokens if order is None else order.arrivals) > MOST_TOKENS:
+            raise ValueError(f"max_tokens {most} is beyond the {MOST_TOKENS} tokens a cache can tell apart")
         dtype = config.torch_dtype or dtype
         config = config if order is None else config.fitted(order)
         self.config, self.policy = config, config.rule
@@ -346,8 +347,10 @@ class Slots:
                 return found, None
             self._ranking.copy_(found)
             if self.merges:
+                leave = torch.zeros_like(self.arrivals, dtype=torch.bool).scatter_(2, found, True)
                 parts = self.chunks(self._into[0].numel() * self.filled)
-                self._into.copy_(torch.cat([self.distances(found[rows], rows).argmin(-1) for rows in parts]))
+                nearest = [self.distances(found[rows], rows, leave[rows]).argmin(-1) for rows in parts]
+                self._into.copy_(torch.cat(nearest))
         taken = slice(self._taken, self._taken + tokens)
         self._taken += tokens
         return self._ranking[:, :, taken], self._into[:, :, taken] if self.merges else None
@@ -375,34 +378,34 @@ class Slots:
         step = min(rows, max(1, (2**18 if self.device.type == "cpu" else 2**25) // numbers))
         return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
-    def distances(self, leaving: Tensor, rows: slice) -> Tensor:
-        """How unlike tokens that leave are to those that they may be merged into: squares of distances between keys.
+    def distances(self, slots: Tensor, rows: slice, leave: Tensor) -> Tensor:
+        """How unlike tokens are to those that they may be merged into: squares of distances between keys.
 
         They may be merged into those that stay, but for the last line's, whose tokens the next line will look at one by
         one.
 
         Args:
-            leaving: slots, int64 ``[rows, G, L]``.
+            slots: of these tokens, int64 ``[rows, G, L]``.
             rows: these.
+            leave: which tokens don't stay, bool ``[rows, G, N]``.
 
         Returns:
-            ``[rows, G, L, N]``, inf for tokens that take none in.
+            ``[rows, G, L, N]``, inf for tokens that take none in; at least CLOSE times the sum of both keys' squares.
         """
         first = self.condition_slots
         keys = self.stored_k.read(first, first + self.filled, rows)
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         square = torch.linalg.vector_norm(keys, dim=-1).square_()  # [rows, H, N]
-        mine = leaving.expand(-1, keys.shape[1], -1)
+        mine = slots.expand(-1, keys.shape[1], -1)
         left = keys.gather(2, mine.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1]))
         arrivals = self.arrivals[rows]
-        leave = torch.zeros_like(arrivals, dtype=torch.bool).scatter_(2, leaving, True)
         for held in self._held.values():
-            leave |= arrivals == held
+            leave = leave | (arrivals == held)
         never = leave | (arrivals >= self.count - self.columns)
         never = torch.where(never.all(-1, keepdim=True), leave, never)  # where nothing is older
         both = square.gather(2, mine).unsqueeze(-1) + square.masked_fill(never, torch.inf).unsqueeze(2)
         found = torch.baddbmm(both.flatten(0, 1), left.flatten(0, 1), keys.flatten(0, 1).mT, alpha=-2)
-        found = found.clamp_(min=torch.finfo(found.dtype).tiny).view_as(both)
+        found = torch.maximum(found.view_as(both), both.mul_(CLOSE))
         return found.sum(1, keepdim=True) if self.groups == 1 else found
 
     def _merge(self, slot: Tensor, into: Tensor) -> None:

@@ -22,6 +22,12 @@ def hashed(position: int, head: int) -> float:
     return (x ^ (x >> 16)) / 2**32
 
 
+def distance(one: np.ndarray, other: np.ndarray) -> float:
+    """Of two keys, ``[heads, D]``; of a head at least a thousandth of what the squares of its two keys add up to."""
+    squares = [max(np.sum((a - b) ** 2), (a @ a + b @ b) / 1024) for a, b in zip(one, other, strict=True)]
+    return np.sqrt(np.sum(squares))
+
+
 def merging_cost(cached: list[int], chooser: "Choice") -> np.ndarray:
     """ln of the largest odds that a query of the last line gives each token, times how far its key is from the nearest.
 
@@ -36,13 +42,13 @@ def merging_cost(cached: list[int], chooser: "Choice") -> np.ndarray:
     odds = dict(zip(cached, np.max(odds, axis=0), strict=True))
     p = len(chooser.values) - 1
     free = [j for j in cached[chooser.prefix :] if j <= p - chooser.local and j not in chooser.stand_ins]
-    few = sorted(free, key=odds.get)[: 2 * max(chooser.renew_every, chooser.width)]
+    few = sorted(free, key=odds.get)[: 2 * max(chooser.renew_every, chooser.width, len(cached) - chooser.budget)]
     here = p + (chooser.mode == "select")
     stay = [j for j in cached if j not in few and j not in chooser.stand_ins]
     stay = [j for j in stay if j < here - chooser.columns] or stay
     worth = {j: 1000 + np.log(odds[j]) for j in cached}
     for i in few:
-        nearest = min(np.linalg.norm(chooser.keys[i] - chooser.keys[j]) for j in stay)
+        nearest = min(distance(chooser.keys[i], chooser.keys[j]) for j in stay)
         worth[i] = np.log(odds[i]) + np.log(nearest)
     return np.array([worth[j] for j in cached])
 
@@ -176,7 +182,7 @@ class Choice:
             leaving = by_worth(scores, previous, highest_first=True)[:most]
             stay = [j for j in self.cached if j not in leaving and j not in self.stand_ins]
             stay = [j for j in stay if j < p - self.columns] or stay
-            nearest = [min(stay, key=lambda j, i=i: np.linalg.norm(self.keys[i] - self.keys[j])) for i in leaving]
+            nearest = [min(stay, key=lambda j, i=i: distance(self.keys[i], self.keys[j])) for i in leaving]
             self.queue = list(zip(leaving, nearest, strict=True))
         found, self.queue = self.queue[:count], self.queue[count:]
         return found

@@ -19,8 +19,8 @@ class AdsaPlus(Policy):
 
     with the weights a that the queries q of the last line give it among what is cached now, whose odds are how far the
     outputs move if it leaves, in units of the distance to its value (1 - a counts as at least 0.0001); and the distance
-    of its key k to that which it would be merged into, k'. The latter is looked at for the tokens of least odds, twice
-    as many as are to leave; it would cost N^2 for all.
+    of its key k to that which it would be merged into, k', also where nothing is merged. The latter is looked at for
+    the tokens of least odds, twice as many as are to leave; it would cost N^2 for all.
 
     By default an eighth of the budget are first tokens that always stay; no others do but the newest, as attention sees
     to them. One ranking serves twelve steps, where the budget allows.
@@ -43,17 +43,18 @@ class AdsaPlus(Policy):
         """ln of the worth, ``[rows, G, N]``; beyond the candidates only in the order of odds, above these."""
         keys, _, bias = layer.held(rows)
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        queries = (
-            layer.queries.read(rows).to(keys.dtype).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-        )  # [R, H, Q, D]
-        scores = queries @ keys.mT * queries.shape[-1] ** -0.5
-        weights = (scores if bias is None else scores + bias).softmax(-1)[..., layer.condition_slots :]
-        most = weights.amax(2)  # [R, H, N]
-        odds = most / (1 - most).clamp(min=1e-4)
+        queries = layer.queries.read(rows).to(keys.dtype).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+        scores = (queries @ keys.mT).mul_(keys.shape[-1] ** -0.5)  # [R, H, Q, N]
+        if bias is not None:
+            scores += bias
+        most = scores.softmax(-1)[..., layer.condition_slots :].amax(2)  # [R, H, N]
+        odds = (most / (1 - most).clamp(min=1e-4)).clamp(min=torch.finfo(most.dtype).tiny)
         if layer.groups == 1:
             odds = odds.amax(1, keepdim=True)
-        few = min(CANDIDATES * layer.ranked, layer.filled - layer.prefix - layer.local)
-        _, candidates = odds.masked_fill(layer.staying(rows), torch.inf).topk(few, largest=False)
-        distance = layer.distances(candidates, rows).amin(-1)
+        stays = layer.staying(rows)
+        few = min(CANDIDATES * max(layer.ranked, layer.filled - layer.budget), layer.filled)
+        _, candidates = odds.masked_fill(stays, torch.inf).topk(few, largest=False)
+        leave = torch.zeros_like(stays).scatter_(2, candidates, True) & ~stays
+        distance = layer.distances(candidates, rows, leave).amin(-1)
         worth = odds.log()
         return worth.add(1000).scatter_(2, candidates, worth.gather(2, candidates) + distance.log() / 2)

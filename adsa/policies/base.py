@@ -19,9 +19,9 @@ class Policy:
         name: as it stands in configs.
         similarity_of: "v" or "k", if the cache must keep running similarities of these (``layer.similarity``).
         attention_window: if the cache must remember attention (``layer.attention``): that of how many of the last
-            queries, or 0 for all. Such a policy needs :meth:`LayerCache.attend`, which then pays for the weights.
+            queries, or 0 for all. Such a policy needs :meth:`LayerCache.attend` or ``attend_to``, which pay for them.
         query_lines: if the cache must remember queries (``layer.queries``): those of how many lines of the image.
-            Such a policy needs :meth:`LayerCache.attend` as well.
+            Such a policy needs :meth:`LayerCache.attend` or ``attend_to`` as well.
         merges: whether what leaves is merged into what stays, where the config doesn't say.
         renewal: how many steps one ranking serves, where the config doesn't say and the budget allows.
         planar: whether it looks at rows and columns of the image (``layer.columns``).

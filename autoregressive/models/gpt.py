@@ -272,7 +272,7 @@ class Transformer(nn.Module, Pretrained, library_name="adsa"):
             batch: rows, both halves of guidance included.
             max_tokens: image tokens that will be decoded.
             valid: bool ``[batch, T]``, which condition tokens are no padding; None: all.
-            order: in which the image tokens come in (:class:`adsa.Order`); None: in raster order.
+            order: bounds of another order than raster order (:class:`adsa.Order`); None: raster order.
         """
         weight = self.tok_embeddings.weight
         return KVCache(

@@ -1,4 +1,4 @@
-"""int8 weights: half of bf16's memory. A step of few rows waits for the weights, so that it is faster on a CPU."""
+"""int8 weights: half of bf16's memory. A step of few rows waits for the weights, so that it can be faster on a CPU."""
 
 import sys
 
@@ -28,6 +28,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        assert linear.bias is None
         dtype = linear.weight.dtype
         wide = linear.weight.detach().to(torch.promote_types(dtype, torch.float32))
         scale = (wide.abs().amax(1) / 127).to(dtype).clamp(min=torch.finfo(dtype).tiny)  # a row may be all zeros

@@ -191,8 +191,11 @@ def keys_of(config: CacheConfig) -> dict[str, Any]:
     found = {"policy": config.policy}
     if config.budget is not None:
         found |= {"budget": config.budget} | dict(zip(("prefix", "local"), config.split, strict=True))
-    others = {key.name: getattr(config, key.name) for key in fields(config) if getattr(config, key.name) != key.default}
-    return found | {key: value for key, value in others.items() if key not in ("policy", *SPLIT)}
+    plain = CacheConfig(**found)
+    same = ["merge"] if config.merges == plain.merges else []
+    same += ["renew_every"] if config.renewal == plain.renewal else []
+    others = {key.name: getattr(config, key.name) for key in fields(config) if key.name not in (*found, *same)}
+    return found | {key: value for key, value in others.items() if value != getattr(plain, key)}
 
 
 def cell_name(cache: Mapping[str, Any] | None) -> str:
@@ -225,8 +228,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What makes it differ from others of its budget: 'adsa', 'adsa, dtype=int8'."""
-        return ", ".join([self.cache["policy"], *others_told(self.cache)])
+        """What makes it differ from others of its budget: 'adsa', 'adsa, 0 + 48', 'adsa, dtype=int8'."""
+        told = [self.cache["policy"]]
+        if "budget" in self.cache:
+            split = self.cache["prefix"], self.cache["local"]
+            if split != CacheConfig(self.cache["policy"], self.cache["budget"]).split:
+                told.append(f"{split[0]} + {split[1]}")
+        return ", ".join(told + others_told(self.cache))
 
     @cached_property
     def means(self) -> dict[str, list[float]]:
@@ -402,7 +410,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds, images = args.seeds or list(task.seeds), args.images or task.images
     budgets = sorted(set(args.budgets or BUDGETS[args.task]), reverse=True)
     caches = [resolved(policy, budget, args.split == "common") for budget in budgets for policy in args.policies]
-    caches += [keys for keys in (keys_of(parse_cache(text)) for text in args.caches) if keys not in caches]
+    for keys in (keys_of(parse_cache(text)) for text in args.caches):
+        if keys not in caches:
+            caches.append(keys)
     experiment = Experiment(protocol, args.task, images, folder / "cells")
     wanted = [(cache, seed) for seed in seeds for cache in [None, *caches]]
     cells = {}
