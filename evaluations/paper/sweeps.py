@@ -122,11 +122,12 @@ def policies_told(sweep: Sweep, found: dict[tuple[str, int], Setting]) -> str:
 def draw_policies(sweep: Sweep, both: dict[str, dict[tuple[str, int], Setting]], path: Path) -> None:
     """Loss more than dense against the budget, on logarithmic axes."""
     figure, panels = plt.subplots(1, len(both), figsize=(6.5 * len(both), 5), sharey=True)
+    look = styles(name for found in both.values() for name, _ in found)
     for axes, (title, found) in zip(panels, both.items(), strict=True):
-        for name, style in styles(name for name, _ in found).items():
+        for name in dict.fromkeys(name for name, _ in found):
             budgets = sorted(budget for policy, budget in found if policy == name)
             means = np.array([sweep.more(found[name, budget]) for budget in budgets])
-            axes.errorbar(budgets, means[:, 0], means[:, 1], label=name, capsize=2, **style)
+            axes.errorbar(budgets, means[:, 0], means[:, 1], label=name, capsize=2, **look[name])
         ticks = sorted({budget for _, budget in found})
         axes.set(title=title, xlabel="cached image tokens", xscale="log", yscale="log")
         axes.set_xticks(ticks, ticks)
