@@ -212,10 +212,11 @@ def others_told(cache: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """The cells of one cache, by seed, and those of the dense cache."""
+    """The cells of one cache, by seed, and those of the dense cache; and whether ADSA's split is that of all."""
 
     cells: list[Cell]
     dense: list[Cell]
+    common: bool
 
     @property
     def cache(self) -> dict[str, Any]:
@@ -231,9 +232,9 @@ class Row:
         """What makes it differ from others of its budget: 'adsa', 'adsa, 0 + 48', 'adsa, dtype=int8'."""
         told = [self.cache["policy"]]
         if "budget" in self.cache:
-            split = self.cache["prefix"], self.cache["local"]
-            if split != CacheConfig(self.cache["policy"], self.cache["budget"]).split:
-                told.append(f"{split[0]} + {split[1]}")
+            usual = resolved(self.cache["policy"], self.cache["budget"], self.common)
+            if any(self.cache[key] != usual[key] for key in SPLIT):
+                told.append(f"{self.cache['prefix']} + {self.cache['local']}")
         return ", ".join(told + others_told(self.cache))
 
     @cached_property
@@ -409,7 +410,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = output_folder(args, name, protocol)
     seeds, images = args.seeds or list(task.seeds), args.images or task.images
     budgets = sorted(set(args.budgets or BUDGETS[args.task]), reverse=True)
-    caches = [resolved(policy, budget, args.split == "common") for budget in budgets for policy in args.policies]
+    common = args.split == "common"
+    caches = [resolved(policy, budget, common) for budget in budgets for policy in args.policies]
     for keys in (keys_of(parse_cache(text)) for text in args.caches):
         if keys not in caches:
             caches.append(keys)
@@ -419,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for cache, seed in tqdm(wanted, unit=" cells"):
         cells[cell_name(cache), seed] = experiment.cell(cache, seed)
     dense = [cells["dense", seed] for seed in seeds]
-    rows = [Row([cells[cell_name(cache), seed] for seed in seeds], dense) for cache in caches]
+    rows = [Row([cells[cell_name(cache), seed] for seed in seeds], dense, common) for cache in caches]
     sweep = None
     if task.codes is not None:
         compass = compass_of(task, folder / "loss", images=LOSS_IMAGES, batch=LOSS_IMAGES)

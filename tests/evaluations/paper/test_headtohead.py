@@ -88,6 +88,12 @@ def test_other_caches(protocol_file, codes, launched, tmp_path):
         "adsa": 9,
         "full, dtype=int8": 36,
     }
+    # A split that is not that of all is told; one that is, is not, so that a policy has one curve.
+    headtohead.main([*flags, "random", "--budgets", "9", "18", "--split", "common", "--caches", "random-9"])
+    found = {row["cache"]["prefix"]: row for row in json.loads((out / "table.json").read_text())["rows"]}
+    assert found.keys() == {0, 1, 2}
+    failures = json.loads((out / "table.json").read_text())["failures"]
+    assert {name: found["budget"] for name, found in failures.items()} == {"random": 9, "random, 0 + 1": 9}
     with pytest.raises(SystemExit):
         headtohead.main(flags)
     with pytest.raises(OptionError, match="cache 'adsa-9:nope=1'"):
