@@ -367,9 +367,13 @@ class Slots:
         arrivals = self.arrivals[rows]
         stays = arrivals > (self.count - 1 if self.selects else self.count) - self.local
         stays[..., : self.prefix] = True  # the prefix never leaves the first slots
+        return self._or_held(stays, arrivals)
+
+    def _or_held(self, mask: Tensor, arrivals: Tensor) -> Tensor:
+        """A mask of tokens, ``[rows, G, N]``, with those that hold another's place."""
         for held in self._held.values():
-            stays |= arrivals == held
-        return stays
+            mask = mask | (arrivals == held)
+        return mask
 
     def chunks(self, numbers: int) -> list[slice]:
         """Rows in parts, for what takes so many ``numbers`` a row: as many as a CPU's caches hold, or on a GPU as are
@@ -399,8 +403,7 @@ class Slots:
         mine = slots.expand(-1, keys.shape[1], -1)
         left = keys.gather(2, mine.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1]))
         arrivals = self.arrivals[rows]
-        for held in self._held.values():
-            leave = leave | (arrivals == held)
+        leave = self._or_held(leave, arrivals)
         never = leave | (arrivals >= self.count - self.columns)
         never = torch.where(never.all(-1, keepdim=True), leave, never)  # where nothing is older
         both = square.gather(2, mine).unsqueeze(-1) + square.masked_fill(never, torch.inf).unsqueeze(2)

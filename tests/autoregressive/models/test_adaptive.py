@@ -8,7 +8,7 @@ from adsa.policies import POLICIES
 from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.sampling import uniform_noise
 from autoregressive.models.schedule import Schedule
-from tests.autoregressive.models.test_cache_parity import GRID, LABELS, TOKENS, tiny
+from tests.autoregressive.models.test_cache_parity import GRID, LABELS, TOKENS, literal, tiny
 from tests.autoregressive.models.test_schedule import settings
 from tests.reference import decode_adaptively
 
@@ -30,12 +30,8 @@ def counted(**kwargs):
 
 def expected(model, choice, granularity, cfg_scale, noise, window, labels=LABELS):
     return decode_adaptively(
-        {name: tensor.numpy() for name, tensor in model.state_dict().items()},
-        labels,
-        TOKENS,
-        n_head=model.config.n_head,
-        n_kv_head=model.config.kv_heads,
-        grid=GRID,
+        **literal(model),
+        labels=labels,
         choice=choice,
         granularity=granularity,
         cfg_scale=cfg_scale,

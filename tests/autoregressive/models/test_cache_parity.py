@@ -24,22 +24,21 @@ def tiny(seed=5, **kwargs) -> Transformer:
     return model
 
 
+def literal(model):
+    """What the literal decoders take of a model."""
+    return {
+        "state": {name: tensor.numpy() for name, tensor in model.state_dict().items()},
+        "steps": TOKENS,
+        "n_head": model.config.n_head,
+        "n_kv_head": model.config.kv_heads,
+        "grid": GRID,
+    }
+
+
 def expected(model, choice, granularity, cfg_scale=1.0, noise=None, window=None):
-    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    options = literal(model) | {"choice": choice, "granularity": granularity, "cfg_scale": cfg_scale, "window": window}
     return [
-        decode(
-            state,
-            label,
-            TOKENS,
-            n_head=model.config.n_head,
-            n_kv_head=model.config.kv_heads,
-            grid=GRID,
-            choice=choice,
-            granularity=granularity,
-            cfg_scale=cfg_scale,
-            uniform=None if noise is None else noise[row].numpy(),
-            window=window,
-        )
+        decode(label=label, uniform=None if noise is None else noise[row].numpy(), **options)
         for row, label in enumerate(LABELS)
     ]
 
