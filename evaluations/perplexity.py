@@ -181,10 +181,14 @@ class Compass:
         return self.blueprint.load_gpt(self.device)
 
     def measure(self, cache: CacheConfig, window: int | None = None, cfg_scale: float = 1.0) -> dict[str, Any]:
-        """What is known of a cache: "losses", nats a token for each image, and the settings; measured if need be.
+        """What is known of a cache; measured if need be.
 
         Args:
             cache, window, cfg_scale: as :func:`token_losses` takes them.
+
+        Returns:
+            "losses", nats a token for each image; "by_row", those of each row of tokens, over all images; and the
+            settings.
         """
         name = cache_name(cache).replace(":", "-").replace(",", "-")
         name += f"-zipar{window}" * (window is not None) + f"-cfg{cfg_scale}" * (cfg_scale > 1)
@@ -204,23 +208,27 @@ class Compass:
                 found = json.loads(path.read_text())
                 there = {key: found[key] for key in settings}
                 measured = [float(loss) for loss in found["losses"]], float(found["seconds"])
+                by_row = [float(loss) for loss in found["by_row"]]
             except (ValueError, KeyError, TypeError) as error:
                 raise OptionError(f"{path}: no readable result ({error!r}); delete it to measure again") from error
-            if there != settings or len(measured[0]) != len(self.indices):
+            if there != settings or (len(measured[0]), len(by_row)) != (len(self.indices), self.blueprint.grid):
                 raise OptionError(
                     f"{path}: of another model, other images, another number of them or another default split; give "
                     f"another --output, or delete it"
                 )
             return found
-        start, losses = time.perf_counter(), []
+        start, parts = time.perf_counter(), []
         for first in tqdm(range(0, len(self.indices), self.batch), desc=name, unit=" batches"):
             items = [self.data.item(index) for index in self.indices[first : first + self.batch]]
             tokens, cond, *masks = (part.to(self.device) for part in default_collate(items))
             if cond.is_floating_point():
                 cond = cond.to(self.model.tok_embeddings.weight.dtype)
             made = token_losses(self.model, tokens, cond, *masks, cache=cache, zipar_window=window, cfg_scale=cfg_scale)
-            losses += made.mean(1).tolist()
-        found = settings | {"losses": losses, "seconds": round(time.perf_counter() - start, 3)}
+            parts.append(made.cpu())
+        losses = torch.cat(parts)
+        by_row = losses.unflatten(1, (self.blueprint.grid, -1)).mean((0, 2))
+        found = settings | {"losses": losses.mean(1).tolist(), "by_row": by_row.tolist()}
+        found["seconds"] = round(time.perf_counter() - start, 3)
         write_json(path, found)
         return found
 

@@ -61,12 +61,17 @@ def gallery(runs: Mapping[str, Path], texts: Sequence[str], columns: int) -> Ima
     """
     columns = min(columns, len(texts))
     chosen = [i * len(texts) // columns for i in range(columns)]
-    panels = []
-    for run in runs.values():
+    rows = {}
+    for title, run in runs.items():
         images, _, _ = open_set(run, "")
-        row = image_grid([images.read(i) for i in chosen], columns, [texts[i] for i in chosen])
-        panels.append(np.asarray(row))
-    return image_grid(panels, 1, list(runs), padding=8, font_size=16)
+        rows[title] = [images.read(i) for i in chosen]
+    return stacked(rows, [texts[i] for i in chosen])
+
+
+def stacked(rows: Mapping[str, Sequence[np.ndarray]], texts: Sequence[str]) -> Image.Image:
+    """Rows of images below each other, by title, which goes below each; one text for each column."""
+    panels = [np.asarray(image_grid(images, len(texts), texts)) for images in rows.values()]
+    return image_grid(panels, 1, list(rows), padding=8, font_size=16)
 
 
 def captions(run: Path, task: Task) -> list[str]:

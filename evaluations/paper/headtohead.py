@@ -26,6 +26,7 @@ from evaluations.features import open_set  # noqa: E402
 from evaluations.flags import positive  # noqa: E402
 from evaluations.metrics import frechet_distance, moments  # noqa: E402
 from evaluations.paired import Difference, KernelSums, kernel_sums, kid_difference, paired_t  # noqa: E402
+from evaluations.paper.gallery import captions, stacked  # noqa: E402
 from evaluations.paper.likeness import cosine  # noqa: E402
 from evaluations.paper.loss import Setting, Sweep, compass_of  # noqa: E402
 from evaluations.paper.protocol import (  # noqa: E402
@@ -39,6 +40,7 @@ from evaluations.paper.protocol import (  # noqa: E402
 from evaluations.paper.report import interval_told, plt, save_plot, styles, write_report  # noqa: E402
 from evaluations.paper.rows import NONE, Cost, spread, told  # noqa: E402
 from evaluations.paper.runs import (  # noqa: E402
+    again,
     class_names,
     evaluated,
     features_of,
@@ -49,13 +51,15 @@ from evaluations.paper.runs import (  # noqa: E402
 )
 from evaluations.perplexity import parse_cache  # noqa: E402
 from tokenizer.files import write_json  # noqa: E402
+from tokenizer.tokenizer_image.images import save_image_atomic  # noqa: E402
 
 DESCRIPTION = """\
 Sample the same seeds and conditions with every policy at every budget, and compare: with the data (KID and FID by
 class, CLIP score by text), and with the dense images of the same noise (cosine of features, image by image; FID; tokens
 that are the same). Beside it, where the protocol names codes of real images: how much worse the model predicts these.
+And which classes or prompts change most at the smallest budget, with pictures.
 
-Each cache and seed is a cell: cells/*.json in the output folder, from which table.md, table.json and curves.png are
+Each cache and seed is a cell: cells/*.json in the output folder, from which table.md, table.json and the plots are
 made. A cell that is there is not made again, and needs no images any more. Cells of other policies, budgets and seeds
 than the flags name stay, and are left out."""
 BUDGETS = {"c2i": [384, 256, 192, 128, 96, 64], "t2i": [768, 512, 256, 170]}
@@ -82,7 +86,7 @@ class Cell:
         judged: of fid.py or clip_score.py.
         cost: what :class:`Cost` tells.
         against_dense: "fid", and by image "likeness" and "same_tokens"; empty for the dense cache itself.
-        images: by image: "own" and "cross" of :class:`KernelSums`, or "clip_score"; and "kind", the class of an image.
+        images: by image: "own" and "cross" of :class:`KernelSums`, or "clip_score"; and "kind", its class or prompt.
         reference: images that it has; 0 by text.
     """
 
@@ -156,6 +160,7 @@ class Experiment:
             result, reference = scored(run, self.task), ()
             lines = map(json.loads, (run / result["scores"]).read_text(encoding="utf-8").splitlines())
             images = {"clip_score": [round(line["clip_score"], DIGITS) for line in lines]}
+            images["kind"] = captions(run, self.task)
             judged = {key: result[key] for key in ("clip_score", "r_precision")}
         against = {}
         if cache is not None:
@@ -228,6 +233,12 @@ class Row:
         return self.cache.get("budget") or self.cells[0].cost["tokens"]
 
     @property
+    def mebibytes(self) -> float | None:
+        """Of the cache, an image; None: not known."""
+        cost = self.cells[0].cost
+        return cost["cache_bytes"] / cost["images_per_batch"] / 2**20 if cost["cache_bytes"] else None
+
+    @property
     def name(self) -> str:
         """What makes it differ from others of its budget: 'adsa', 'adsa, 0 + 48', 'adsa, dtype=int8'."""
         told = [self.cache["policy"]]
@@ -281,7 +292,6 @@ def table(rows: Sequence[Row], dense: Sequence[Cell], kind: str, sweep: Sweep | 
             n, m = (row.cache.get(key) for key in ("prefix", "local"))
             first, second = _judged(row.cells, kind)
             mean, *interval = row.means["likeness"]
-            cost = row.cells[0].cost
             rates = [rate for cell in row.cells for rate in cell.cost["images_per_second"] if rate]
             lines.append(
                 [
@@ -294,7 +304,7 @@ def table(rows: Sequence[Row], dense: Sequence[Cell], kind: str, sweep: Sweep | 
                     spread([cell.against_dense["fid"] for cell in row.cells], 2),
                     f"{100 * row.means['same_tokens'][0]:.1f} %",
                     *([sweep.told(setting_of(row.cache))] if sweep else []),
-                    f"{cost['cache_bytes'] / cost['images_per_batch'] / 2**20:.2f}" if cost["cache_bytes"] else NONE,
+                    f"{row.mebibytes:.2f}" if row.mebibytes else NONE,
                     spread(rates, 2),
                 ]
             )
@@ -310,27 +320,33 @@ def _judged(cells: Sequence[Cell], kind: str) -> list[str]:
     ]
 
 
-def draw(rows: Sequence[Row], kind: str, path: Path) -> None:
-    """What is judged less dense, and likeness to dense, against the budget."""
+def draw(rows: Sequence[Row], kind: str, path: Path, *, by_bytes: bool = False) -> None:
+    """What is judged less dense, and likeness to dense, against the budget: in tokens, or in bytes of the cache."""
     _, judged, scale, _ = JUDGES[kind][0]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
+    size = (lambda row: row.mebibytes) if by_bytes else (lambda row: row.budget)
+    rows = [row for row in rows if size(row)]
     for name, style in styles(row.name for row in rows).items():
-        mine = sorted((row for row in rows if row.name == name), key=lambda row: row.budget)
-        budgets = [row.budget for row in mine]
-        tests = [row.less_dense for row in mine]
+        mine = sorted((row for row in rows if row.name == name), key=size)
+        sizes, tests = [size(row) for row in mine], [row.less_dense for row in mine]
         if all(tests):
-            _curve(left, budgets, [[scale * value for value in (t.mean, t.low, t.high)] for t in tests], name, style)
-        _curve(right, budgets, [row.means["likeness"] for row in mine], name, style)
+            _curve(left, sizes, [[scale * value for value in (t.mean, t.low, t.high)] for t in tests], name, style)
+        _curve(right, sizes, [row.means["likeness"] for row in mine], name, style)
     ticks = sorted({row.budget for row in rows})
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, ticks)
-        axes.set_xlabel("cached image tokens")
+        if by_bytes:
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.set_xlabel("MiB of cache an image")
+        else:
+            axes.set_xticks(ticks, ticks)
+            axes.set_xlabel("cached image tokens")
         axes.grid(alpha=0.3)
     left.axhline(0, color="black", linewidth=0.8)
     left.set_ylabel(f"{judged}, less dense")
     right.set_ylabel("likeness to the dense image (cosine of features)")
-    right.legend(fontsize=8, ncols=2)
+    if rows:
+        right.legend(fontsize=8, ncols=2)
     save_plot(path, figure)
 
 
@@ -340,15 +356,20 @@ def _curve(axes, budgets: Sequence[int], values: Sequence[Sequence[float]], labe
     axes.errorbar(budgets, mean, [mean - low, high - mean], capsize=2, label=label, **style)
 
 
-def failures(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
-    """Which classes break first: mean likeness to dense by class, at the smallest budget of each kind of cache."""
+def failures(rows: Sequence[Row], names: Sequence[str] | None) -> dict[str, Any]:
+    """What breaks first: mean likeness to dense by class or prompt, at the smallest budget of each kind of cache.
+
+    Args:
+        rows: of one or more kinds.
+        names: of the classes; None: what cells tell are prompts.
+    """
     found = {}
+    smallest = {row.name: row for row in sorted(rows, key=lambda row: -row.budget)}
     for name in dict.fromkeys(row.name for row in rows):
-        row = min((row for row in rows if row.name == name), key=lambda row: row.budget)
-        values: dict[str, list[float]] = {}
+        row, values = smallest[name], {}
         for cell in row.cells:
             for kind, likeness in zip(cell.images["kind"], cell.against_dense["likeness"], strict=True):
-                values.setdefault(names[kind], []).append(likeness)
+                values.setdefault(names[kind] if names else kind, []).append(likeness)
         means = sorted((float(np.mean(of_class)), kind, len(of_class)) for kind, of_class in values.items())
         found[name] = {
             "budget": row.budget,
@@ -357,8 +378,45 @@ def failures(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def broken(row: Row, names: Sequence[str] | None, most: int = 8) -> dict[str, int]:
+    """Pictures of what breaks first: {class or prompt: index of an image of the first seed}, worst first.
+
+    Of each class the image with the median likeness to dense.
+    """
+    cell, of_kind = row.cells[0], {}
+    for index in np.argsort(cell.against_dense["likeness"], kind="stable").tolist():
+        kind = cell.images["kind"][index]
+        of_kind.setdefault(names[kind] if names else kind, []).append(index)
+    (found,) = failures([row], names).values()
+    classes = [one["class"] for one in found["classes"] if one["class"] in of_kind]
+    return {kind: of_kind[kind][len(of_kind[kind]) // 2] for kind in classes[:most]}
+
+
+def show(
+    rows: Sequence[Row], task: Task, names: Sequence[str] | None, seed: int, images: int, folder: Path
+) -> dict[str, Any]:
+    """Leave broken.png: what breaks first, by dense and by every budget of one policy, ADSA if it is there.
+
+    Returns:
+        What it shows. Where table.json says that it did so before, it is left as it is.
+    """
+    kinds = [row.name for row in rows]
+    name = "adsa" if "adsa" in kinds else kinds[0]
+    mine = sorted((row for row in rows if row.name == name), key=lambda row: -row.budget)
+    caches, chosen = [None, *(row.cache for row in mine)], broken(mine[-1], names)
+    shows = {"caches": caches, "seed": seed, "images": chosen}
+    path, before = folder / "broken.png", folder / "table.json"
+    if path.exists() and before.exists() and json.loads(before.read_text()).get("pictures") == shows:
+        return shows
+    print("-- sampling pictures of what breaks first", file=sys.stderr)
+    pictures = again(task, caches, seed, images, list(chosen.values()))
+    titles = ["dense", *(f"{name}: {row.budget} of {row.dense[0].cost['tokens']} tokens" for row in mine)]
+    save_image_atomic(path, stacked(dict(zip(titles, pictures, strict=True)), list(chosen)))
+    return shows
+
+
 def failures_told(found: Mapping[str, Any], most: int = 5) -> str:
-    """Markdown: the classes that change most, and least."""
+    """Markdown: the classes or prompts that change most, and least."""
     lines = [
         [policy, str(of_policy["budget"])]
         + [
@@ -427,23 +485,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         compass = compass_of(task, folder / "loss", images=LOSS_IMAGES, batch=LOSS_IMAGES)
         sweep = Sweep(compass, [setting_of(cache) for cache in caches])
     draw(rows, args.task, folder / "curves.png")
+    draw(rows, args.task, folder / "bytes.png", by_bytes=True)
+    names = class_names(task) if isinstance(task, ClassTask) else None
+    broke = failures(rows, names)
     text = [
         f"Model {protocol.name}, {images} images of each cache and seed, seeds {', '.join(map(str, seeds))}. Likeness: "
         f"cosine of the features of {protocol.c2i.feature_extractor} with those of the dense image of the same noise. "
         "Intervals are 95 %, over images. Less dense: paired by image. Loss: in nats a token, on real images "
         "that are given token by token, mean +- standard error.",
-        "![curves](curves.png)",
+        "![curves](curves.png)\n\n![the same by bytes](bytes.png)",
         table(rows, dense, args.task, sweep),
+        f"### What breaks first\n\n{failures_told(broke)}\n\n![pictures](broken.png)",
     ]
     numbers: dict[str, Any] = {
         "seeds": seeds,
         "images": images,
         "split": args.split,
         "rows": [row.numbers() | ({"loss": sweep.more(setting_of(row.cache))} if sweep else {}) for row in rows],
+        "failures": broke,
+        "pictures": show(rows, task, names, seeds[0], images, folder),
     }
-    if isinstance(task, ClassTask):
-        numbers["failures"] = failures(rows, class_names(task))
-        text.append(f"### What breaks first\n\n{failures_told(numbers['failures'])}")
     write_report(folder, name, argv, task, "\n\n".join(text), numbers, script="headtohead")
 
 

@@ -53,15 +53,19 @@ class Sweep:
     def __init__(self, compass: Compass, settings: Sequence[Setting]):
         self.compass = compass
         wanted = dict.fromkeys([Setting(CacheConfig("full")), *settings])
-        self.losses = {
-            setting: np.array(compass.measure(setting.cache, setting.window, setting.cfg_scale)["losses"])
-            for setting in tqdm(wanted, unit=" caches")
-        }
+        self.losses, self._by_row = {}, {}
+        for setting in tqdm(wanted, unit=" caches"):
+            found = compass.measure(setting.cache, setting.window, setting.cfg_scale)
+            self.losses[setting], self._by_row[setting] = np.array(found["losses"]), np.array(found["by_row"])
 
     def more(self, setting: Setting, than: Setting | None = None) -> tuple[float, float]:
         """Mean and standard error over images of the loss less another's; None: the dense cache's."""
         difference = self.losses[setting] - self.losses[than or Setting(CacheConfig("full"))]
         return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
+
+    def by_row(self, setting: Setting) -> np.ndarray:
+        """The loss less the dense cache's of each row of tokens, from the top, over all images."""
+        return self._by_row[setting] - self._by_row[Setting(CacheConfig("full"))]
 
     def told(self, setting: Setting, than: Setting | None = None) -> str:
         """In thousandths of a nat."""

@@ -17,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from adsa import CacheConfig
 from autoregressive.sample import decode_tokens
 from autoregressive.sample.job import start_processes
 from autoregressive.sample.labels import Classes
@@ -58,6 +60,33 @@ def sampled(
             _look_for_judge(task)
         launch(Path(script.__file__), argv)
     return job["folder"].path
+
+
+def again(
+    task: Task, caches: Sequence[Mapping[str, Any] | None], seed: int, images: int, indices: Sequence[int]
+) -> list[np.ndarray]:
+    """Some images of runs, sampled here whether or not the runs are there: uint8 [N, H, W, 3] for each cache.
+
+    Args:
+        task, seed, images: as :func:`sampled` takes them.
+        caches: of the runs.
+        indices: which images of each. Sampled at once, apart from others, they may differ from those of a run where
+            rounding tips a draw.
+
+    Raises:
+        OptionError, CheckpointError, TextEncoderError: they can't be sampled.
+    """
+    job = _planned(task, None, seed, images)[2]
+    if isinstance(task, TextTask):
+        job["conditions"].encode(indices)
+    conditions, masks = zip(*(job["conditions"](range(index, index + 1)) for index in indices), strict=True)
+    masks = None if masks[0] is None else torch.cat(masks)
+    sampler, found = job["load"](), []
+    for cache in caches:
+        sampler.cache = CacheConfig.from_dict(cache or {"policy": "full"})
+        tokens = sampler.tokens(torch.cat(conditions), torch.from_numpy(job["seeds"][list(indices)]), masks)
+        found.append(sampler.images(tokens, job["folder"].image_size))
+    return found
 
 
 def identity_of(task: Task, cache: Mapping[str, Any] | None, seed: int, images: int) -> dict[str, Any]:

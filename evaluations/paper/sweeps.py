@@ -138,6 +138,21 @@ def draw_policies(sweep: Sweep, both: dict[str, dict[tuple[str, int], Setting]],
     save_plot(path, figure)
 
 
+def draw_rows(sweep: Sweep, found: dict[tuple[str, int], Setting], path: Path) -> None:
+    """Where in the image a cache costs most: loss more than dense by row of tokens, of ADSA and adsa_plus."""
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5))
+    for axes, policy in zip(panels, ("adsa", "adsa_plus"), strict=True):
+        for budget in sorted((budget for name, budget in found if name == policy), reverse=True):
+            more = 1000 * sweep.by_row(found[policy, budget])
+            axes.plot(range(1, len(more) + 1), more, label=f"{budget} tokens", marker="o", markersize=3)
+        axes.set(title=policy, xlabel="row of tokens, from the top")
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    panels[0].set_ylabel("thousandths of a nat a token more than dense")
+    save_plot(path, figure)
+
+
 def draw_bits(sweep: Sweep, found: dict[tuple[str, str, int | None], Setting], sizes: dict, path: Path) -> None:
     """Loss more than dense against bytes, a line for each kind of number."""
     figure, axes = plt.subplots(figsize=(7, 5))
@@ -192,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         {"each policy's own split": own, f"prefix {COMMON[0]}, local {COMMON[1]}": common},
         folder / "policies.png",
     )
+    draw_rows(sweep, own, folder / "rows.png")
     draw_bits(sweep, bits, sizes, folder / "bits.png")
     dense = sweep.losses[Setting(CacheConfig("full"))].mean()
     parts = [
@@ -201,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"## Policies by cached tokens, each with its own split\n\n{policies_told(sweep, own)}",
         f"## The same with prefix {COMMON[0]} and local {COMMON[1]} for all\n\n{policies_told(sweep, common)}",
         "![curves](policies.png)",
+        "## Where in the image\n\n![by row of tokens](rows.png)",
         "## First and newest tokens of ADSA",
     ]
     for budget, found in of_splits.items():

@@ -1,5 +1,6 @@
 """The decode loop: seeds, guidance, limits, half precision, compilation."""
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -239,6 +240,22 @@ def test_temperature_then_top_k_then_top_p():
     for (temperature, top_k, top_p), expected in cases.items():
         result = sampling.probabilities(logits, temperature, top_k, top_p)
         torch.testing.assert_close(result, torch.tensor([expected], dtype=torch.float32), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0, 20.0])
+def test_top_p_is_that_of_a_whole_sort(spread):
+    """Whether or not only the likely tokens are sorted, and with ties."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(8, 512, generator=generator, dtype=torch.float64) * spread * 8).round() / 8
+    logits[:, ::7] = -torch.inf
+    for top_p in (0.001, 0.3, 0.9, 0.999):
+        kept = filter_top_p(logits, top_p)
+        for row, found in zip(logits, kept, strict=True):
+            order = np.argsort(-row.numpy(), kind="stable")
+            mass = row.softmax(0).numpy()[order].cumsum()
+            first = order[: np.argmax(mass > top_p) + 1]
+            assert sorted(found.isfinite().nonzero().flatten().tolist()) == sorted(first.tolist())
+            assert torch.equal(found[first], row[first])
 
 
 def test_zero_temperature_is_greedy(model):

@@ -44,13 +44,21 @@ def test_by_class(protocol_file, codes, launched, tmp_path, capsys):
     # Devices and batch sizes round otherwise; neither makes another cell.
     assert "device" not in json.loads((out / "cells" / "dense-seed0.json").read_text())["identity"]
     assert small["cost"][0]["devices"]
-    assert (out / "curves.png").stat().st_size > 1000
+    assert (out / "curves.png").stat().st_size > 1000 < (out / "bytes.png").stat().st_size
+    # Pictures of what breaks first: dense and both budgets, a class a column.
+    shown = record["pictures"]
+    assert [cache and cache["budget"] for cache in shown["caches"]] == [None, 36, 9]
+    worst = [one["class"] for one in record["failures"]["adsa"]["classes"]]
+    assert sorted(shown["images"], key=worst.index) == list(shown["images"])
+    drawn = (out / "broken.png").stat().st_mtime_ns
 
     # What is there needs no images any more.
     shutil.rmtree(tmp_path / "samples")
     done = len(launched)
+    headtohead.main(flags)
+    assert len(launched) == done and (out / "broken.png").stat().st_mtime_ns == drawn
     headtohead.main([*flags, "--seeds", "1"])
-    assert len(launched) == done
+    assert len(launched) == done and (out / "broken.png").stat().st_mtime_ns > drawn
     assert json.loads((out / "table.json").read_text())["rows"][0]["less_dense"]["count"] == 6
     with pytest.raises(OptionError, match=r"dense-seed0.json: made with other images, .*give another --output"):
         headtohead.main([*flags, "--images", "4"])
@@ -107,4 +115,7 @@ def test_by_text(protocol_file, launched, tmp_path):
     record = json.loads((out / "table.json").read_text())
     (row,) = record["rows"]
     assert {"clip_score", "r_precision"} == row["judged"][0].keys() and row["less_dense"]["count"] == 3
-    assert "CLIP score, less dense" in (out / "table.md").read_text() and "failures" not in record
+    assert "CLIP score, less dense" in (out / "table.md").read_text()
+    prompts = {"a red thing": 0, "a blue thing": 1, "a green thing": 2}
+    assert {one["class"] for one in record["failures"]["adsa"]["classes"]} == prompts.keys()
+    assert record["pictures"]["images"] == prompts and (out / "broken.png").stat().st_size > 1000

@@ -2,12 +2,14 @@ import fnmatch
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from evaluations.extractors import EvaluationError
+from evaluations.features import open_set
 from evaluations.paper import reference, runs
 from evaluations.paper.protocol import load_protocol
-from evaluations.paper.runs import cache_flags, class_patterns, evaluated, reference_images, sampled, scored
+from evaluations.paper.runs import again, cache_flags, class_patterns, evaluated, reference_images, sampled, scored
 
 ADSA = {"policy": "adsa", "budget": 9, "fold_condition": False}
 
@@ -32,6 +34,17 @@ def test_a_run_is_made_once(tiny_protocol, launched):
     (run / "samples.npz").unlink()
     sampled(task, ADSA, seed=1)
     assert (run / "samples.npz").exists()
+
+
+@pytest.mark.parametrize("kind", ["c2i", "t2i"])
+def test_images_of_runs_can_be_had_again(kind, tiny_protocol, launched):
+    task, caches = getattr(tiny_protocol, kind), [None, ADSA]
+    found = again(task, caches, 1, task.images, [2, 0])
+    assert launched == []
+    for cache, images in zip(caches, found, strict=True):
+        made, _, _ = open_set(sampled(task, cache, seed=1), "")
+        assert (images == np.stack([made.read(2), made.read(0)])).all()
+    assert (found[0] != found[1]).any()
 
 
 def test_a_run_of_other_models_is_no_such_run(tiny_protocol, tiny, launched, tmp_path):

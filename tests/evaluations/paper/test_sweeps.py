@@ -39,6 +39,9 @@ def test_every_choice_is_measured(protocol_file, codes, tmp_path, monkeypatch):
         and "| 2 | 20 |" in text
     )
     assert (out / "policies.png").stat().st_size > 1000 < (out / "bits.png").stat().st_size
+    assert (out / "rows.png").stat().st_size > 1000
+    cell = json.loads((out / "cells" / "adsa-18-prefix=2-local=5.json").read_text())
+    assert len(cell["by_row"]) == 6 and np.mean(cell["by_row"]) == pytest.approx(np.mean(cell["losses"]))
 
     before = {file.name: file.stat().st_mtime_ns for file in (out / "cells").iterdir()}
     sweeps.main(flags)
