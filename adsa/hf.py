@@ -20,6 +20,7 @@ plans memory: slots, bytes and the largest batch, without loading weights.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -409,8 +410,14 @@ def _check(config: CacheConfig, image_start: int | None, max_tokens: int | None,
     if max_tokens is None and (config.policy == "full" or config.mode == "select"):
         what = "policy 'full'" if config.policy == "full" else 'mode "select"'
         raise ValueError(f"{what} holds every image token: say how many there will be, ADSACache(..., max_tokens=N)")
-    if max_tokens is None and columns is None and (config.rule.planar or config.rule.query_lines or config.merges):
-        raise ValueError(f"cache policy {config.policy!r} looks at lines of the image: ADSACache(..., columns=N)")
+    if columns is None and (config.rule.planar or config.rule.query_lines or config.merges):
+        what = f"cache policy {config.policy!r}{' with merge' * config.merges} looks at lines of the image"
+        if max_tokens is None:
+            raise ValueError(f"{what}: ADSACache(..., columns=N)")
+        if math.isqrt(max_tokens) ** 2 != max_tokens:
+            raise ValueError(
+                f"{what}, and {max_tokens} tokens are no square: ADSACache(..., columns=N), or --columns N"
+            )
 
 
 def _text_config(model_config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
@@ -430,7 +437,15 @@ def _text_config(model_config: transformers.PretrainedConfig) -> transformers.Pr
 # The memory planner.
 
 
-def plan(config: CacheConfig, model_config: transformers.PretrainedConfig, *, prompt: int, tokens: int, dtype) -> int:
+def plan(
+    config: CacheConfig,
+    model_config: transformers.PretrainedConfig,
+    *,
+    prompt: int,
+    tokens: int,
+    dtype: torch.dtype,
+    columns: int | None = None,
+) -> int:
     """Bytes of an :class:`ADSACache` per row, bookkeeping included.
 
     Args:
@@ -439,10 +454,11 @@ def plan(config: CacheConfig, model_config: transformers.PretrainedConfig, *, pr
         prompt: tokens before the image.
         tokens: image tokens.
         dtype: of the model.
+        columns: as :class:`ADSACache` takes them.
     """
     text = _text_config(model_config)
     heads, dim = _heads(text)
-    layer = ADSALayer(replace(config, fold_condition=False), prompt, tokens, None, text.num_attention_heads)
+    layer = ADSALayer(replace(config, fold_condition=False), prompt, tokens, columns, text.num_attention_heads)
     layer.lazy_initialization(torch.empty(1, heads, 1, dim, dtype=dtype))
     return text.num_hidden_layers * _allocated(layer.core)
 
@@ -465,11 +481,11 @@ def _parameters(model_config: transformers.PretrainedConfig) -> tuple[str, int]:
 
 
 def _fed(
-    config: CacheConfig, text: transformers.PretrainedConfig, *, prompt: int, tokens: int, dtype: torch.dtype
+    config: CacheConfig, text: transformers.PretrainedConfig, prompt: int, tokens: int, dtype: torch.dtype, columns: int
 ) -> tuple[int, int]:
     """(most keys ever handed out, most bytes ever allocated) by one layer that a prompt and an image went through."""
     heads, dim = _heads(text)
-    layer = ADSALayer(replace(config, fold_condition=False), prompt, tokens, None, text.num_attention_heads)
+    layer = ADSALayer(replace(config, fold_condition=False), prompt, tokens, columns, text.num_attention_heads)
     generator = torch.Generator().manual_seed(0)
     keys = most = 0
     for length in [prompt] * (prompt > 0) + [1] * tokens:
@@ -492,6 +508,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--budget", type=int, required=True, metavar="N", help="slots for image tokens, per layer and row")
     add("--tokens", type=int, required=True, metavar="T", help="image tokens to be decoded")
     add("--prompt", type=int, default=64, help="tokens before the image (default: 64)")
+    add("--columns", type=int, metavar="N", help="tokens in a line of the image (default: it is square)")
     add("--policy", default="adsa", help="which tokens stay (default: adsa)")
     add("--cache-dtype", choices=sorted(DTYPES), help="of keys and values (default: the model's)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), default="bf16", help="of the model (default: bf16)")
@@ -515,7 +532,7 @@ def _report(args: argparse.Namespace) -> tuple[str, bool]:
         here = "" if Path(args.model).exists() else "no folder or file here, and as a name on the hub: "
         raise ValueError(f"{args.model}: {here}{error}") from error
     config = CacheConfig(args.policy, args.budget, dtype=args.cache_dtype)
-    _check(config, args.prompt, args.tokens, None)
+    _check(config, args.prompt, args.tokens, args.columns)
     text, dtype, rows = _text_config(model_config), DTYPES[args.dtype], 1 + args.guidance
     heads, dim = _heads(text)
     name, parameters = _parameters(model_config)
@@ -527,7 +544,7 @@ def _report(args: argparse.Namespace) -> tuple[str, bool]:
         f"| cache | slots | MiB an image | {' | '.join(f'images at once in {m:g} GiB' for m in args.memory)} |",
         "|---" * (3 + len(args.memory)) + "|",
     ]
-    sizes = {"prompt": args.prompt, "tokens": args.tokens, "dtype": dtype}
+    sizes = {"prompt": args.prompt, "tokens": args.tokens, "dtype": dtype, "columns": args.columns}
     for label, cache in (("dense", CacheConfig("full")), (args.policy, config)):
         need = rows * plan(cache, model_config, **sizes)
         fits = [max(0, int((m * 2**30 - weights) // need)) for m in args.memory]

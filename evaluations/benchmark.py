@@ -41,7 +41,8 @@ Each step is told against the roofline: the bytes that it must move (weights onc
 of a copy, and its floating-point operations over the speed of a matrix product, both measured in this run; the larger
 of the two is the limit."""
 EPILOG = """\
-A cache is `dense`, or POLICY-BUDGET, as adsa-256, or POLICY-BUDGET-renewN if one ranking serves N steps.
+A cache is `dense`, or POLICY-BUDGET, as adsa-256, or POLICY-BUDGET-renewN if one ranking serves N steps. With --hf they
+run under transformers' Llama (adsa/hf.py), beside the library's own, `dynamic` and `static`.
 
 Writes table.json (every number; rewritten after each turn), table.md and plot.png.
 
@@ -51,11 +52,17 @@ examples:
   LlamaGen-XL's shape, random weights; some minutes on a fast GPU
     python evaluations/benchmark.py --model GPT-XL --dtype bf16 --batches 1 16 64 256 --upstream \\
         --caches dense adsa-384 adsa-256 adsa-96 streaming-256 adsa-256-renew8 --output results/performance/xl
+  a language model's shape under transformers; --caches without a name leaves this project's own model out
+    python evaluations/benchmark.py --model Janus-Pro-1B --dtype bf16 --caches --hf dynamic static adsa-288 adsa-96
   whole images, by the shipped checkpoint
     python evaluations/benchmark.py --gpt-ckpt pretrained_models/demo/gpt_c2i.safetensors --whole-image"""
 
 WARM_UP = 4  # steps before those that are timed
 BREAKDOWN = 8  # steps, with --breakdown
+TRACED = 3  # steps, with --trace
+# Beside the registered sizes: deepseek-ai/Janus-Pro-1B's language model, with its head for codes of images.
+SHAPES = {"Janus-Pro-1B": {"dim": 2048, "n_layer": 24, "n_head": 16}}
+BASES = ("dense", "full", "hf-dynamic")  # what times are told against: the first of these that is there
 MIB = 2**20
 
 
@@ -71,10 +78,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--model", metavar="NAME", help="a registered size, on random weights (default: GPT-Demo)")
+    told = f"a registered size, on random weights (default: GPT-Demo), or {', '.join(SHAPES)}"
+    add("--model", metavar="NAME", help=told)
     add("--gpt-ckpt", metavar="FILE", help="a checkpoint; one that doesn't tell its sizes needs --model too")
     caches = ["dense", "adsa-384", "adsa-256", "adsa-96"]
-    add("--caches", nargs="+", default=caches, metavar="CACHE", help=f"see below (default: {' '.join(caches)})")
+    add("--caches", nargs="*", default=caches, metavar="CACHE", help=f"see below (default: {' '.join(caches)})")
     add("--batches", nargs="+", type=positive, default=[1, 16], metavar="N", help="images (default: 1 16)")
     add("--cfg-scale", type=float, default=3.0, metavar="S", help="above 1, guidance doubles the rows (%(default)s)")
     add("--tokens", type=positive, default=576, metavar="N", help="of an image, a perfect square (%(default)s)")
@@ -88,12 +96,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--whole-image", action=switch, default=False, help="time whole decodes as well, one in each turn")
     add("--breakdown", action="store_true", help="time the parts of a step as well, in other steps")
     add("--upstream", action="store_true", help="also LlamaGen's own way: the whole length allocated, under a mask")
-    add("--hf", action="store_true", help="also transformers' Llama, with its DynamicCache and its StaticCache")
+    told = "also transformers' Llama with these caches, see below (default, if none follows: dynamic static)"
+    add("--hf", nargs="*", metavar="CACHE", help=told)
+    add("--trace", action="store_true", help=f"leave torch.profiler's trace of {TRACED} steps of each, in --output")
     add("--cpu", action="store_true", help="even where there is a GPU")
     add("--seed", type=int, default=0, metavar="N", help="of weights, keys and values (%(default)s)")
     told = "results/performance/benchmark"
     add("--output", type=Path, default=Path(told), metavar="DIR", help="(%(default)s)")
     args = parser.parse_args(argv)
+    args.hf = ["dynamic", "static"] if args.hf == [] else args.hf or []
+    if not args.caches and not args.hf and not args.upstream:
+        parser.error("nothing to time: give --caches, --hf or --upstream")
     args.command = shlex.join(["python", "evaluations/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     if args.breakdown and args.compile:
         parser.error("--breakdown looks between the parts of a step, and --compile fuses them: give one of them")
@@ -106,18 +119,19 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def first_timed(args: argparse.Namespace) -> int:
     """How many image tokens a cache is filled with before the first step of a turn."""
-    return args.tokens - args.steps - WARM_UP - (BREAKDOWN if args.breakdown else 0)
+    return args.tokens - args.steps - WARM_UP - BREAKDOWN * args.breakdown - TRACED * args.trace
 
 
 # What is timed
 
 
-def cache_config(name: str, room: int) -> "CacheConfig":
+def cache_config(name: str, room: int, tokens: int) -> "CacheConfig":
     """The cache that a name stands for.
 
     Args:
         name: "dense", or as "adsa-256" or "adsa-256-renew8".
         room: the largest budget that is full when it is timed.
+        tokens: of an image; a budget for all of them is never full, and evicts nothing.
 
     Raises:
         OptionError: there is none.
@@ -131,18 +145,16 @@ def cache_config(name: str, room: int) -> "CacheConfig":
     parts = re.fullmatch(r"(.+?)-(\d+)(?:-renew(\d+))?", name)
     if not parts or parts[1] not in POLICIES or parts[1] == "full":
         policies = ", ".join(policy for policy in POLICIES if policy != "full")
+        raise OptionError(f"{name!r} is neither dense nor POLICY-BUDGET or POLICY-BUDGET-renewN; policies: {policies}")
+    if room < int(parts[2]) < tokens:
         raise OptionError(
-            f"--caches: {name!r} is neither dense nor POLICY-BUDGET or POLICY-BUDGET-renewN; policies: {policies}"
-        )
-    if int(parts[2]) > room:
-        raise OptionError(
-            f"--caches: {name} would not be full when it is timed, with these --tokens and --steps: the largest "
-            f"budget is {room}"
+            f"{name} would not be full when it is timed, with these --tokens and --steps: the largest "
+            f"budget is {room}, but for those of {tokens} and more"
         )
     try:
         return CacheConfig(parts[1], int(parts[2]), renew_every=int(parts[3]) if parts[3] else None)
     except ValueError as error:
-        raise OptionError(f"--caches: {name}: {error}") from None
+        raise OptionError(f"{name}: {error}") from None
 
 
 def build_model(args: argparse.Namespace, device: "torch.device", dtype: "torch.dtype") -> "Transformer":
@@ -167,10 +179,10 @@ def build_model(args: argparse.Namespace, device: "torch.device", dtype: "torch.
                 told = json.loads((file.metadata() or {}).get("args", "{}"))
     if args.model is None and path and "dim" not in told:
         raise OptionError(f"--gpt-ckpt {path} doesn't tell its sizes: give --model too, one of {', '.join(GPT_models)}")
-    name = args.model or "GPT-Demo"
-    if name not in GPT_models:
-        raise OptionError(f"--model {name!r} is not registered{near(name, list(GPT_models))}: {', '.join(GPT_models)}")
-    told["block_size"] = args.tokens
+    name, known = args.model or "GPT-Demo", [*GPT_models, *SHAPES]
+    if name not in known:
+        raise OptionError(f"--model {name!r} is not registered{near(name, known)}: {', '.join(known)}")
+    told = SHAPES.get(name, {}) | told | {"block_size": args.tokens}
     with torch.device("meta"):
         model = Transformer(ModelArgs(**told)) if "dim" in told else GPT_models[name](**told)
     model = model.eval().requires_grad_(False)
@@ -186,9 +198,10 @@ def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
     """All that are timed, in the order of the table."""
     from adsa import CacheConfig
     from autoregressive.models.quantize import quantize
+    from autoregressive.sample.options import OptionError
     from evaluations.decoders import HF, Decoder, HFModel, Upstream
 
-    caches = {name: cache_config(name, first_timed(args)) for name in args.caches}
+    caches = {name: cache_config(name, first_timed(args), args.tokens) for name in args.caches}
     models: list[Any] = [model]
     if args.quantize:
         models.append(quantize(copy.deepcopy(model)))
@@ -200,7 +213,14 @@ def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
         found.append(Upstream("upstream", model))
     if args.hf:
         models.append(HFModel(model))
-        found += [HF(f"hf-{kind}", models[-1], static=kind == "static") for kind in ("dynamic", "static")]
+        for name in args.hf:
+            own = name in ("dynamic", "static")
+            cache = name if own else cache_config(name, first_timed(args), args.tokens)
+            found.append(HF(f"hf-{name}", models[-1], cache))
+            try:
+                found[-1].new_cache(1, args.tokens)
+            except ValueError as error:
+                raise OptionError(f"--hf {name}: {error}") from None
     if args.compile:
         import torch
         import torch._dynamo.config as dynamo
@@ -255,6 +275,8 @@ def take_turn(
         stepper.time(BREAKDOWN)  # so that the steps that are timed are the same ones
     seconds = stepper.time(args.steps)
     peak = bytes_in_use(device, peak=True)
+    if args.trace:
+        stepper.trace(TRACED, args.output / f"trace-{decoder.name.replace(' ', '-')}-{images}.json")
     attended = decoder.attended(kv, args.tokens, args.steps)
     turn = {
         "seconds": seconds,
@@ -274,12 +296,12 @@ def take_turn(
     return turn
 
 
-def summary(row: dict[str, Any], dense: dict[str, Any] | None, limits: dict[str, float], tokens: int) -> dict[str, Any]:
+def summary(row: dict[str, Any], base: dict[str, Any] | None, limits: dict[str, float], tokens: int) -> dict[str, Any]:
     """What the table says of a row.
 
     Args:
         row: with "turns", by round; see :func:`take_turn`.
-        dense: the row of the dense cache at this batch size, or None.
+        base: the row that it is told against, one of BASES at this batch size, or None.
         limits: "bytes_per_second" and "flops_per_second".
         tokens: of an image.
     """
@@ -318,12 +340,16 @@ def summary(row: dict[str, Any], dense: dict[str, Any] | None, limits: dict[str,
     splits = [turn["breakdown"] for turn in done if turn["breakdown"]]
     if splits:
         found["breakdown_ms"] = {key: 1000 * statistics.median(split[key] for split in splits) for key in splits[0]}
-    if dense is not None:
-        common = [number for number in row["turns"] if number in dense["turns"]]
-        medians = [[statistics.median(each["turns"][number]["seconds"]) for number in common] for each in (row, dense)]
+    if base is not None:
+        common = [number for number in row["turns"] if number in base["turns"]]
+        medians = [[statistics.median(each["turns"][number]["seconds"]) for number in common] for each in (row, base)]
         ratios = [mine / theirs for mine, theirs in zip(*medians, strict=True)]
         if ratios:
-            found["against_dense"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+            found["against"] = {"base": base["cache"]} | {
+                "median": statistics.median(ratios),
+                "min": min(ratios),
+                "max": max(ratios),
+            }
     return found
 
 
@@ -334,7 +360,8 @@ def table(record: dict[str, Any]) -> str:
     """Markdown."""
     rows, limits, settings = record["rows"], record["limits"], record["settings"]
     whole = any("whole_image" in row.get("summary", {}) for row in rows)
-    head = ["images", "cache", "step ms p50", "mean", "p95", "p99", "/ dense (min to max)", "limit ms", "/ limit"]
+    base = next((row["summary"]["against"]["base"] for row in rows if "against" in row.get("summary", {})), "dense")
+    head = ["images", "cache", "step ms p50", "mean", "p95", "p99", f"/ {base} (min to max)", "limit ms", "/ limit"]
     head += ["images/s, steady", "KV MiB", "cache MiB", "peak MiB", "beyond weights MiB"]
     head += ["whole batch s", "images/s, whole"] if whole else []
     lines = []
@@ -344,7 +371,7 @@ def table(record: dict[str, Any]) -> str:
         if not found:
             lines.append([*cells, row["status"], *[""] * (len(head) - 3)])
             continue
-        step, ratio = found["step_ms"], found.get("against_dense")
+        step, ratio = found["step_ms"], found.get("against")
         cells += [f"{step[key]:.3f}" for key in ("p50", "mean", "p95", "p99")]
         cells.append(f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})" if ratio else "")
         limit = f"{found['limit_ms']:.3f} ({found['limited_by']})"
@@ -365,7 +392,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         f"{record['model']}, {settings['dtype']}{', compiled' if settings['compile'] else ''}, {settings['tokens']} "
         f"tokens, {rows_told}. The last {settings['steps']} steps of an image, {settings['repeats']} round(s); "
-        f"`/ dense`: median of the rounds' ratios of median step times. Limit: a copy moves "
+        f"`/ {base}`: median of the rounds' ratios of median step times. Limit: a copy moves "
         f"{limits['bytes_per_second'] / 1e9:.1f} GB/s, a matrix product makes "
         f"{limits['flops_per_second'] / 1e12:.3f} TFLOP/s. Steady images/s: if all steps were as these. Peak: "
         f"{memory}.",
@@ -464,8 +491,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print("torch sees no GPU: this times the CPU", file=sys.stderr)
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" or args.quantize else "fp32")
     dtype = DTYPES[args.dtype]
-    for name in args.caches:
-        cache_config(name, first_timed(args))  # before anything slow
+    for name in [*args.caches, *(name for name in args.hf if name not in ("dynamic", "static"))]:
+        cache_config(name, first_timed(args), args.tokens)  # before anything slow
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32, as sampling does
@@ -502,9 +529,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                         if not out_of_memory(error):
                             raise
                         row["status"] = "out of memory"
-                    dense = next((each for each in rows if each["cache"] in ("dense", "full")), None)
+                    base = min(
+                        (each for each in rows if each["cache"] in BASES),
+                        key=lambda each: BASES.index(each["cache"]),
+                        default=None,
+                    )
                     for each in rows:
-                        each["summary"] = summary(each, dense, limits, args.tokens)
+                        each["summary"] = summary(each, base, limits, args.tokens)
                     write_json(args.output / "table.json", record)
                 bar.update()
         bar.close()

@@ -8,15 +8,19 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
 
 from adsa import CacheConfig
+from adsa.hf import ADSACache
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling import draw, guide, probabilities
@@ -157,10 +161,14 @@ class HFCache:
 
     def kv_nbytes(self) -> int:
         """Bytes of keys and values; 0 before the first token, as transformers allocates then."""
+        if isinstance(self.past, ADSACache):
+            return self.past.kv_nbytes()
         tensors = [t for layer in self.past.layers for t in (layer.keys, layer.values) if t is not None]
         return sum(tensor.nbytes for tensor in tensors)
 
-    nbytes = kv_nbytes
+    def nbytes(self) -> int:
+        """Bytes of all that it holds."""
+        return self.past.nbytes() if isinstance(self.past, ADSACache) else self.kv_nbytes()
 
 
 class HFModel:
@@ -171,11 +179,9 @@ class HFModel:
     """
 
     def __init__(self, model: Transformer):
-        from transformers import LlamaConfig, LlamaForCausalLM  # slow to import
-
         args = self.config = model.config
         self.training, self.null_condition, self.tok_embeddings = False, model.null_condition, model.tok_embeddings
-        config = LlamaConfig(
+        config = transformers.LlamaConfig(
             vocab_size=args.vocab_size,
             hidden_size=args.dim,
             intermediate_size=args.ffn_dim,
@@ -192,7 +198,7 @@ class HFModel:
             attn_implementation="sdpa",
         )
         with torch.device("meta"):
-            self.llama = LlamaForCausalLM(config).eval()
+            self.llama = transformers.LlamaForCausalLM(config).eval()
         self.llama.load_state_dict(_llama_weights(model), strict=True, assign=True)
         rotary = self.llama.model.rotary_emb  # its table is no weight, and on the meta device
         self.llama.model.rotary_emb = type(rotary)(config).to(model.tok_embeddings.weight.device)
@@ -244,26 +250,35 @@ def _llama_weights(model: Transformer) -> dict[str, Tensor]:
 
 
 class HF(Decoder):
-    """transformers' Llama with its DynamicCache, or its StaticCache."""
+    """transformers' Llama with its DynamicCache, its StaticCache, or an ADSACache.
+
+    Args:
+        name, model: as of :class:`Decoder`.
+        cache: "dynamic", "static", or what an ADSACache keeps.
+    """
 
     splits = False
 
-    def __init__(self, name: str, model: HFModel, *, static: bool):
+    def __init__(self, name: str, model: HFModel, cache: str | CacheConfig):
         super().__init__(name, model)
-        self.static = static
+        self.cache = cache
+        if isinstance(cache, CacheConfig):
+            self.budget = cache.budget
 
     def new_cache(self, rows: int, tokens: int) -> HFCache:
-        from transformers import DynamicCache, StaticCache
-
-        config = self.model.llama.config
-        if self.static:
-            past = StaticCache(config=config, max_cache_len=self.model.config.cls_token_num + tokens)
+        """Raises ValueError for a policy that needs attention of its own."""
+        config, condition = self.model.llama.config, self.model.config.cls_token_num
+        if self.cache == "static":
+            past = transformers.StaticCache(config=config, max_cache_len=condition + tokens)
+        elif self.cache == "dynamic":
+            past = transformers.DynamicCache(config=config)
         else:
-            past = DynamicCache(config=config)
+            past = ADSACache(self.cache, config, image_start=condition, max_tokens=tokens)
         return HFCache(past, rows, tokens)
 
     def fill(self, kv: HFCache, count: int) -> None:
         args, weight = self.model.config, self.model.tok_embeddings.weight
+        count = min(count, self.budget or count)  # one that evicts takes no more than it holds
         where = torch.arange(args.cls_token_num + count, device=weight.device)
         for layer in range(args.n_layer):
             shape = (2, kv.batch, args.kv_heads, len(where), args.head_dim)
@@ -398,12 +413,18 @@ class Stepper:
             clock.mark()
         return clock.seconds()
 
+    def trace(self, steps: int, path: Path) -> None:
+        """Leave torch.profiler's trace of the next steps, for chrome://tracing or ui.perfetto.dev."""
+        with profile() as profiler:
+            self.time(steps)
+        profiler.export_chrome_trace(str(path))
+
     def breakdown(self, steps: int) -> dict[str, float]:
         """Mean seconds of the parts of a step; they sum to the step, which the measuring itself makes longer.
 
         Only where :attr:`Decoder.splits`.
         """
-        spans: dict[str, list[Clock]] = {"cache": [], "attend": [], "head": [], "step": []}
+        spans: dict[str, list[Clock]] = {"selection": [], "cache": [], "attend": [], "head": [], "step": []}
 
         def timed(name: str, function: Callable) -> Callable:
             def call(*args):
@@ -421,6 +442,9 @@ class Stepper:
             spans["head"][-1].mark()
 
         hook = self.model.output.register_forward_pre_hook(head)
+        slots = dict.fromkeys(layer.slots for layer in self.kv.layers if hasattr(layer, "slots"))  # upstream has none
+        for each in slots:
+            each.advance, each.chosen = timed("selection", each.advance), timed("selection", each.chosen)
         for layer in self.kv.layers:
             layer.update, layer.attend = timed("cache", layer.update), timed("attend", layer.attend)
         try:
@@ -435,9 +459,12 @@ class Stepper:
             hook.remove()
             for layer in self.kv.layers:
                 del layer.update, layer.attend
+            for each in slots:
+                del each.advance, each.chosen
         spent = {name: sum(sum(clock.seconds()) for clock in clocks) / steps for name, clocks in spans.items()}
         return {
-            "cache and selection": spent["cache"],
+            "selection": spent["selection"],
+            "cache writes": spent["cache"] - spent["selection"],
             "attention": spent["attend"] - spent["cache"],
             "head and sampling": spent["head"],
             "projections and FFN": spent["step"] - spent["attend"] - spent["head"],

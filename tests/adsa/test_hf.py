@@ -405,7 +405,7 @@ def test_refusals():
         cached(model, mode="select")
     model.set_attn_implementation("adsa")
     for policy, merge in (("neighborhood", False), ("adsa_plus", False), ("adsa", True)):
-        with pytest.raises(ValueError, match=rf"'{policy}' looks at lines.*columns=N"):
+        with pytest.raises(ValueError, match=rf"'{policy}'.* looks at lines.*columns=N"):
             cached(model, policy, merge=merge, columns=None)
     with pytest.raises(ValueError, match="image_start must be a whole number of tokens, at least 0, not -1"):
         cached(model, image_start=-1)
@@ -555,11 +555,20 @@ def test_planner(family, tmp_path, capsys):
 def test_planner_reads_a_file_and_names_what_is_wrong(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(llama_config().to_dict() | {"architectures": None}))
-    for more in (["--cache-dtype", "int8"], ["--policy", "adsa_plus"], ["--policy", "tova"]):
+    for more in (
+        ["--cache-dtype", "int8"],
+        ["--policy", "adsa_plus"],
+        ["--policy", "tova"],
+        ["--policy", "adsa_plus", "--tokens", "24", "--columns", "6"],
+    ):
         main([str(path), "--budget", "8", "--tokens", "16", *more])
         assert "handed out 72 keys" in capsys.readouterr().out
     for arguments, message in (
         ([str(path), "--budget", "8", "--tokens", "16", "--policy", "tovah"], "'tovah'.*did you mean 'tova'"),
+        (
+            [str(path), "--budget", "8", "--tokens", "24", "--policy", "adsa_plus"],
+            "and 24 tokens are no square: .*--columns N",
+        ),
         ([str(tmp_path / "none"), "--budget", "8", "--tokens", "16"], "none: no folder or file here, and as a name"),
     ):
         with pytest.raises(SystemExit, match=message):
