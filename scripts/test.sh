@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, formatting and all tests: `bash scripts/test.sh [flags of pytest]`.
+# Lint, formatting and all tests, a process for each core: `bash scripts/test.sh [flags of pytest]`.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -9,4 +9,4 @@ setup_env "$root/requirements-dev.txt"
 cd "$root"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -q "$@"
+"$PYTHON" -m pytest -q --numprocesses auto "$@"
