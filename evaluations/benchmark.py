@@ -41,8 +41,10 @@ Each step is told against the roofline: the bytes that it must move (weights onc
 of a copy, and its floating-point operations over the speed of a matrix product, both measured in this run; the larger
 of the two is the limit."""
 EPILOG = """\
-A cache is `dense`, or POLICY-BUDGET, as adsa-256, or POLICY-BUDGET-renewN if one ranking serves N steps. With --hf they
-run under transformers' Llama (adsa/hf.py), beside the library's own, `dynamic` and `static`.
+A cache is `dense`, or POLICY-BUDGET, as adsa-256, or POLICY-BUDGET-renewN if one ranking serves N steps. With -ziparW
+behind, as dense-zipar12, several rows of the image are decoded at once, each W tokens behind the one above: whole
+images are timed, and a step is one of their passes. With --hf caches run under transformers' Llama (adsa/hf.py), beside
+the library's own, `dynamic` and `static`.
 
 Writes table.json (every number; rewritten after each turn), table.md and plot.png.
 
@@ -62,6 +64,7 @@ BREAKDOWN = 8  # steps, with --breakdown
 TRACED = 3  # steps, with --trace
 # Beside the registered sizes: deepseek-ai/Janus-Pro-1B's language model, with its head for codes of images.
 SHAPES = {"Janus-Pro-1B": {"dim": 2048, "n_layer": 24, "n_head": 16}}
+ZIPAR = "-zipar"
 BASES = ("dense", "full", "hf-dynamic")  # what times are told against: the first of these that is there
 MIB = 2**20
 
@@ -129,7 +132,7 @@ def cache_config(name: str, room: int, tokens: int) -> "CacheConfig":
     """The cache that a name stands for.
 
     Args:
-        name: "dense", or as "adsa-256" or "adsa-256-renew8".
+        name: "dense", or as "adsa-256" or "adsa-256-renew8"; what :func:`zipar_window` reads may follow.
         room: the largest budget that is full when it is timed.
         tokens: of an image; a budget for all of them is never full, and evicts nothing.
 
@@ -140,6 +143,7 @@ def cache_config(name: str, room: int, tokens: int) -> "CacheConfig":
     from adsa.policies import POLICIES
     from autoregressive.sample.options import OptionError
 
+    name = name.partition(ZIPAR)[0]
     if name in ("dense", "full"):
         return CacheConfig("full")
     parts = re.fullmatch(r"(.+?)-(\d+)(?:-renew(\d+))?", name)
@@ -155,6 +159,23 @@ def cache_config(name: str, room: int, tokens: int) -> "CacheConfig":
         return CacheConfig(parts[1], int(parts[2]), renew_every=int(parts[3]) if parts[3] else None)
     except ValueError as error:
         raise OptionError(f"{name}: {error}") from None
+
+
+def zipar_window(name: str, tokens: int) -> int | None:
+    """Of "dense-zipar12": 12. None: raster order.
+
+    Raises:
+        OptionError: it is not below the tokens of a row.
+    """
+    from autoregressive.sample.options import OptionError
+
+    _, zipar, window = name.partition(ZIPAR)
+    if not zipar:
+        return None
+    columns = math.isqrt(tokens)
+    if not window.isdecimal() or not 1 <= int(window) < columns:
+        raise OptionError(f"{name}: the window must be 1 to {columns - 1}, as a row has {columns} tokens")
+    return int(window)
 
 
 def build_model(args: argparse.Namespace, device: "torch.device", dtype: "torch.dtype") -> "Transformer":
@@ -199,16 +220,23 @@ def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
     from adsa import CacheConfig
     from autoregressive.models.quantize import quantize
     from autoregressive.sample.options import OptionError
-    from evaluations.decoders import HF, Decoder, HFModel, Upstream
+    from evaluations.decoders import HF, Decoder, HFModel, Upstream, ZipAR
 
-    caches = {name: cache_config(name, first_timed(args), args.tokens) for name in args.caches}
     models: list[Any] = [model]
+    found: list[Decoder] = []
     if args.quantize:
         models.append(quantize(copy.deepcopy(model)))
-        found = [Decoder("dense", model, CacheConfig("full"))]
-        found += [Decoder(f"{name} {args.quantize}", models[1], config) for name, config in caches.items()]
-    else:
-        found = [Decoder(name, model, config) for name, config in caches.items()]
+        found.append(Decoder("dense", model, CacheConfig("full")))
+    for name in args.caches:
+        told = f"{name} {args.quantize}" if args.quantize else name
+        if window := zipar_window(name, args.tokens):
+            found.append(ZipAR(told, models[-1], cache_config(name, args.tokens, args.tokens), window))
+            try:
+                found[-1].new_cache(1, args.tokens)
+            except ValueError as error:
+                raise OptionError(f"{name}: {error}") from None
+        else:
+            found.append(Decoder(told, models[-1], cache_config(name, first_timed(args), args.tokens)))
     if args.upstream:
         found.append(Upstream("upstream", model))
     if args.hf:
@@ -255,15 +283,31 @@ def take_turn(
         device: where.
 
     Returns:
-        "seconds" of each step, "image_seconds" or None, "breakdown" or None, bytes of the cache, and memory.
+        "seconds" of each step, "steps" of an image, "image_seconds", "breakdown" and "demand" or None for these, bytes of
+        the cache, and memory.
     """
-    from evaluations.decoders import Stepper, bytes_in_use, demand, forget, time_image
+    from evaluations.decoders import Stepper, ZipAR, bytes_in_use, demand, forget, time_image
 
     guided = args.cfg_scale > 1
     rows = images * (2 if guided else 1)
     forget(device)
     before = bytes_in_use(device)
     kv = decoder.new_cache(rows, args.tokens)
+    if isinstance(decoder, ZipAR):
+        with decoder.passes(device) as passes:
+            whole = time_image(decoder, kv, images, guided, args.tokens)
+        peak = bytes_in_use(device, peak=True)
+        return {
+            "seconds": passes,
+            "steps": len(passes),
+            "image_seconds": whole,
+            "breakdown": None,
+            "demand": None,
+            "kv_bytes": kv.kv_nbytes(),
+            "cache_bytes": kv.nbytes(),
+            "peak_bytes": peak,
+            "beyond_weights_bytes": peak - before,
+        }
     decoder.fill(kv, first_timed(args))
     forget(device)  # what filling took
     stepper = Stepper(decoder, kv, images, guided, first_timed(args))
@@ -280,6 +324,7 @@ def take_turn(
     attended = decoder.attended(kv, args.tokens, args.steps)
     turn = {
         "seconds": seconds,
+        "steps": args.tokens,
         "image_seconds": None,
         "breakdown": split,
         "kv_bytes": kv.kv_nbytes(),
@@ -311,8 +356,6 @@ def summary(row: dict[str, Any], base: dict[str, Any] | None, limits: dict[str, 
     steps = sorted(second for turn in done for second in turn["seconds"])
     centiles = statistics.quantiles(steps, n=100, method="inclusive")
     median = statistics.median(steps)
-    need = done[0]["demand"]
-    by_bytes, by_flops = need["bytes"] / limits["bytes_per_second"], need["flops"] / limits["flops_per_second"]
     found = {
         "step_ms": {
             "mean": 1000 * statistics.mean(steps),
@@ -321,19 +364,23 @@ def summary(row: dict[str, Any], base: dict[str, Any] | None, limits: dict[str, 
             "p99": 1000 * centiles[98],
         },
         # As fast as that all along: pessimistic for a cache that grows, whose last steps are its slowest.
-        "steady_images_per_second": row["images"] / (median * tokens),
-        "limit_ms": 1000 * max(by_bytes, by_flops),
-        "limited_by": "memory" if by_bytes >= by_flops else "arithmetic",
-        "times_limit": median / max(by_bytes, by_flops),
+        "steady_images_per_second": row["images"] / (median * done[0]["steps"]),
         **{key: max(turn[key] for turn in done) for key in ("kv_bytes", "cache_bytes", "peak_bytes")},
         "beyond_weights_bytes": max(turn["beyond_weights_bytes"] for turn in done),
     }
+    if need := done[0]["demand"]:
+        by_bytes, by_flops = need["bytes"] / limits["bytes_per_second"], need["flops"] / limits["flops_per_second"]
+        found |= {
+            "limit_ms": 1000 * max(by_bytes, by_flops),
+            "limited_by": "memory" if by_bytes >= by_flops else "arithmetic",
+            "times_limit": median / max(by_bytes, by_flops),
+        }
     images = [turn["image_seconds"] for turn in done if turn["image_seconds"] is not None]
     if images:
         second = statistics.median(images)
         found["whole_image"] = {
             "seconds": second,
-            "step_ms": 1000 * second / tokens,
+            "step_ms": 1000 * second / done[0]["steps"],
             "tokens_per_second": row["images"] * tokens / second,
             "images_per_second": row["images"] / second,
         }
@@ -374,8 +421,10 @@ def table(record: dict[str, Any]) -> str:
         step, ratio = found["step_ms"], found.get("against")
         cells += [f"{step[key]:.3f}" for key in ("p50", "mean", "p95", "p99")]
         cells.append(f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})" if ratio else "")
-        limit = f"{found['limit_ms']:.3f} ({found['limited_by']})"
-        cells += [limit, f"{found['times_limit']:.2f}", f"{found['steady_images_per_second']:.3f}"]
+        limit = ["", ""]
+        if "limit_ms" in found:
+            limit = [f"{found['limit_ms']:.3f} ({found['limited_by']})", f"{found['times_limit']:.2f}"]
+        cells += [*limit, f"{found['steady_images_per_second']:.3f}"]
         sizes = ("kv_bytes", "cache_bytes", "peak_bytes", "beyond_weights_bytes")
         cells += [f"{found[key] / MIB:.1f}" for key in sizes]
         if whole:
@@ -491,8 +540,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print("torch sees no GPU: this times the CPU", file=sys.stderr)
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" or args.quantize else "fp32")
     dtype = DTYPES[args.dtype]
-    for name in [*args.caches, *(name for name in args.hf if name not in ("dynamic", "static"))]:
-        cache_config(name, first_timed(args), args.tokens)  # before anything slow
+    for name in [
+        *args.caches,
+        *(name for name in args.hf if name not in ("dynamic", "static")),
+    ]:  # before anything slow
+        cache_config(name, args.tokens if zipar_window(name, args.tokens) else first_timed(args), args.tokens)
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # TF32, as sampling does

@@ -7,7 +7,8 @@ A decoder has a ``model`` that is called as :class:`Transformer` is, and makes c
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
-from adsa import CacheConfig
+from adsa import CacheConfig, KVCache
 from adsa.hf import ADSACache
-from autoregressive.models.generate import generate
+from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling import draw, guide, probabilities
 
@@ -38,6 +39,7 @@ class Decoder:
     """
 
     splits = True  # whether the parts of a step can be told apart
+    window: int | None = None  # of ZipAR
 
     def __init__(self, name: str, model: Any, config: CacheConfig | None = None):
         self.name, self.model, self.config = name, model, config
@@ -71,6 +73,36 @@ class Decoder:
         condition = kv.condition_slots if self.config else self.model.config.cls_token_num
         most = self.budget or tokens
         return condition + statistics.mean(min(position + 1, most) for position in range(tokens - steps, tokens))
+
+
+class ZipAR(Decoder):
+    """Our model, several rows of the image at once (:class:`~autoregressive.models.schedule.Schedule`).
+
+    Args:
+        name, model, config: as of :class:`Decoder`.
+        window: of the schedule.
+    """
+
+    splits = False
+
+    def __init__(self, name: str, model: Transformer, config: CacheConfig, window: int):
+        super().__init__(name, model, config)
+        self.window = window
+
+    def new_cache(self, rows: int, tokens: int) -> KVCache:
+        """Raises ValueError for a budget that is too small for the tokens of a pass."""
+        return new_cache(self.model, rows, tokens, cache=self.config, zipar_window=self.window)
+
+    @contextmanager
+    def passes(self, device: torch.device) -> Iterator[list[float]]:
+        """Afterwards, the list has the seconds from each pass inside to the next."""
+        clock, seconds = Clock(device), []
+        hook = self.model.register_forward_pre_hook(lambda *_: clock.mark())
+        try:
+            yield seconds
+        finally:
+            hook.remove()
+        seconds += clock.seconds()
 
 
 class UpstreamLayer:
@@ -481,7 +513,8 @@ def time_image(decoder: Decoder, kv: Any, images: int, guided: bool, tokens: int
     seeds = torch.arange(images)
     clock = Clock(weight.device)
     clock.mark()
-    generate(decoder.model, cond, tokens, cfg_scale=3.0 if guided else 1.0, seeds=seeds, kv=kv)
+    scale, window = 3.0 if guided else 1.0, decoder.window
+    generate(decoder.model, cond, tokens, cfg_scale=scale, seeds=seeds, kv=kv, zipar_window=window)
     clock.mark()
     return clock.seconds()[0]
 

@@ -79,7 +79,7 @@ def test_everything(tiny, tmp_path, capsys):
 def test_summary():
     def row(*rounds, image=None):
         turn = {"kv_bytes": 8, "cache_bytes": 9, "peak_bytes": 5, "beyond_weights_bytes": 4, "breakdown": None}
-        turn |= {"demand": {"bytes": 3e6, "flops": 1e6}, "image_seconds": image}
+        turn |= {"steps": 100, "demand": {"bytes": 3e6, "flops": 1e6}, "image_seconds": image}
         return {
             "images": 2,
             "cache": "dense",
@@ -127,6 +127,20 @@ def test_under_transformers(tiny, tmp_path):
         trace = json.loads((tmp_path / f"trace-{name}-2.json").read_text())
         assert any("scaled_dot_product" in event["name"] for event in trace["traceEvents"])
     assert "/ hf-dynamic (min to max)" in (tmp_path / "table.md").read_text()
+
+
+def test_several_rows_at_once(tiny, tmp_path):
+    """Whole images, by their passes."""
+    flags = ["--caches", "dense", "dense-zipar2", "adsa-24-zipar3", "--batches", "2", "--whole-image"]
+    dense, two, three = benched(tmp_path, *flags)["rows"]
+    assert dense["turns"]["0"]["steps"] == 36
+    for row, window in ((two, 2), (three, 3)):
+        turn, found = row["turns"]["1"], row["summary"]
+        assert turn["steps"] == len(turn["seconds"]) == 6 + 4 * window + 6 - 1
+        assert found["whole_image"]["step_ms"] == pytest.approx(1000 * found["whole_image"]["seconds"] / turn["steps"])
+        assert "limit_ms" not in found and found["against"]["median"] > 0
+    assert two["summary"]["kv_bytes"] > three["summary"]["kv_bytes"]
+    assert "| 2 | adsa-24-zipar3 |" in (tmp_path / "table.md").read_text()
 
 
 def test_a_language_models_shape():
@@ -234,6 +248,8 @@ def test_cache_names():
         (["--hf", "h2o-12"], "--hf h2o-12: cache policy 'h2o'"),
         (["--hf", "statics"], "'statics' is neither"),
         (["--caches"], "nothing to time"),
+        (["--caches", "dense-zipar6"], "dense-zipar6: the window must be 1 to 5"),
+        (["--caches", "adsa-6-zipar1"], "adsa-6-zipar1: cache budget 6 is too small"),
         (["--quantize", "int4"], "invalid choice: 'int4'"),
         (["--caches", "adsa-30"], "the largest budget is 28"),
         (["--caches", "adsa-12-renew12"], "renew_every 12 is too large"),
