@@ -25,24 +25,26 @@ class AttentionRecord:
         self.window = window
         self.weights = torch.zeros(batch, groups, max(1, window), slots, dtype=dtype, device=device)
 
-    def add(self, query: int, weights: Tensor, slots: Tensor | None = None, rows: slice = ALL) -> None:
+    def add(self, query: Tensor, weights: Tensor, slots: Tensor | None = None, rows: slice = ALL) -> None:
         """The weights of one query.
 
         Args:
-            query: its number; of a window, the oldest query's row is overwritten.
+            query: its number, int without dimensions; of a window, the oldest query's row is overwritten.
             weights: ``[B, G, M]``.
             slots: int64 ``[B, G, M]``, where they belong; None: slots 0 .. M - 1, and all others are empty.
             rows: those of this query.
         """
-        index = query % self.window if self.window else 0
-        row = self.weights[rows, :, index : index + 1].squeeze(2)  # an index proper would be compiled anew for each
+        mine = self.weights[rows]
         if slots is None:
-            row = row[..., : weights.shape[-1]]
-            row.copy_(weights) if self.window else row.add_(weights)
+            mine = mine[..., : weights.shape[-1]]
         elif self.window:
-            row.zero_().scatter_(2, slots, weights)
+            weights = torch.zeros_like(mine[:, :, 0]).scatter_(2, slots, weights)
+        if self.window:
+            mine.index_copy_(2, (query % self.window).long().view(1), weights.unsqueeze(2))
+        elif slots is None:
+            mine[:, :, 0].add_(weights)
         else:
-            row.scatter_add_(2, slots, weights)
+            mine[:, :, 0].scatter_add_(2, slots, weights)
 
     def forget(self, slot: Tensor) -> None:
         """Another token comes here, and has had no attention yet. ``slot``: int64 ``[B, G, 1]``."""

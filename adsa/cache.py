@@ -105,7 +105,7 @@ class LayerCache:
         ``q`` and the result: ``[B, Hq, S, D]``, in the dtype of ``q``.
         """
         if self.slots.queries is not None:
-            self.slots.queries.add(self.count - q.shape[2], q, self.rows)
+            self.slots.queries.add(self.count, self.slots.clock, q, self.rows)
         if bias is not None and bias.dtype != self.slots.wide:
             bias = bias.to(self.slots.wide)
         attend = _attention if self.slots.attention is None else self._watched_attention
@@ -259,7 +259,7 @@ class LayerCache:
             seen = seen.sum(1, keepdim=True)
         where, self._seen = self._seen, None
         for index, of_query in enumerate(seen.unbind(2)):
-            slots.attention.add(self.count - queries + index, of_query, where, self.rows)
+            slots.attention.add(slots.clock + (index - queries), of_query, where, self.rows)
         return (weights.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (shared, queries)).flatten(1, 2)
 
     def _condition_mask(self, q: Tensor) -> Tensor | None:
@@ -322,6 +322,11 @@ class KVCache:
         self.layers[0].slots.expect(places, held, positions)
 
     @property
+    def fixed(self) -> bool:
+        """Whether its steps can be recorded."""
+        return self.layers[0].slots.fixed
+
+    @property
     def slots(self) -> int:
         """Image tokens that a step attends to at most."""
         return self.layers[0].slots.budget
@@ -349,6 +354,30 @@ class KVCache:
         """Bytes of keys and values alone: 2 * layers * B * H * (C + slots in memory) * bytes of a vector, which are D *
         bytes per number, or what :mod:`adsa.storage` says."""
         return sum(tensor.nbytes for slots in self._all for tensor in slots.kv_tensors().values())
+
+    def phase(self) -> tuple | None:
+        """Of a fixed cache, what the operations of the next token's step depend on; None: on what no other step has."""
+        return self.layers[0].slots.phase()
+
+    def tick(self) -> None:
+        """A step was played that had been recorded in this :meth:`phase`: take note of it on the host."""
+        self.layers[0].slots.tick()
+        for layer in self.layers:
+            layer.count += 1
+
+    def reset(self, valid: Tensor | None = None) -> None:
+        """Forget all tokens, and be as new, in the same memory.
+
+        Args:
+            valid: of the next ones, as the cache was made with.
+
+        Raises:
+            ValueError: given to a cache that was made without, or not to one that was made with it.
+        """
+        for slots in self._all:
+            slots.reset(valid)
+        for layer in self.layers:
+            layer.condition_came = layer.count = 0
 
     def keep_rows(self, rows: int) -> None:
         """Forget all but the first ``rows`` rows of the batch, as when guidance ends."""

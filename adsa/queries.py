@@ -19,16 +19,23 @@ class QueryRecord:
         self.window, self.count = window, 0
         self.queries = torch.zeros(rows, heads, window, head_dim, dtype=dtype, device=device)
 
-    def add(self, first: int, q: Tensor, rows: slice) -> None:
-        """Queries of the tokens that came as number ``first`` and on; ``[B, Hq, S, D]``, of these rows."""
-        for index, one in enumerate(q.split(1, dim=2)):
-            at = (first + index) % self.window
-            self.queries[rows, :, at : at + 1] = one
-        self.count = first + q.shape[2]
+    def add(self, count: int, clock: Tensor, q: Tensor, rows: slice) -> None:
+        """Queries of the newest tokens, ``[B, Hq, S, D]``, of these rows.
+
+        ``count``, ``clock``: tokens that have come by now, these included, on the host and on the device.
+        """
+        self.count = count
+        last = clock + torch.arange(-q.shape[2], 0, dtype=torch.int64, device=clock.device)
+        self.queries[rows].index_copy_(2, last % self.window, q.to(self.queries.dtype))
 
     def read(self, rows: slice) -> Tensor:
         """Those there are, in no particular order: ``[R, Hq, up to W, D]``."""
-        return self.queries[rows, :, : min(self.window, self.count)]
+        return self.queries[rows, :, : self.filled]
+
+    @property
+    def filled(self) -> int:
+        """How many there are."""
+        return min(self.window, self.count)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"queries": self.queries}

@@ -24,6 +24,7 @@ _LARGEST = 2.0**15 - 1
 ARRIVAL_BITS = 18
 MOST_TOKENS = (1 << ARRIVAL_BITS) - 1  # image tokens that can be told apart
 CLOSE = 2.0**-10  # keys nearer than this are as good as equal; less is lost in a product's rounding, TF32's above all
+BUCKET = 64  # slots; of a fixed cache that is not full, steps look at the next multiple
 _NEVER = 1 << 62  # more than any rank; added, since masked_fill is several times as slow on a CPU
 
 
@@ -73,12 +74,16 @@ class Slots:
         columns: image tokens in a line; None: the image is square and has ``max_tokens``.
         order: of tokens that don't come in raster order; None: they do. First and newest tokens, which always stay, are
             then the first and the newest to come.
+        fixed: steps of one :meth:`phase` are the same operations on the same memory, so that one can be recorded, as a
+            CUDA graph is, and played for the others. Costs a little more attention while the cache fills.
 
     Attributes:
         condition_slots: those before the image's.
         bias: what is added to scores, ``[R, 1 or H, 1, slots]``, for padding, folding, and slots that stand for several
             tokens; None: nothing.
         count: image tokens that came in so far.
+        clock: the same on the device, int32 without dimensions: a step that reads nothing else of the count can be
+            recorded once and played again.
         filled: how many of them are here, in the first slots of the image.
         ranked: how many victims one ranking names, in mode "evict".
         capacity: image tokens that there is room for: the budget, or ``max_tokens`` when nothing is ever evicted.
@@ -104,6 +109,7 @@ class Slots:
         valid: Tensor | None = None,
         columns: int | None = None,
         order: Order | None = None,
+        fixed: bool = False,
     ):
         if valid is not None and valid.shape != (batch, condition_tokens):
             raise ValueError(f"valid must be [{batch}, {condition_tokens}] (rows, condition), not {[*valid.shape]}")
@@ -117,9 +123,14 @@ class Slots:
         self.prefix, self.local = config.split
         self.selects = config.mode == "select" and self.budget < max_tokens
         self.evicts = config.mode == "evict" and self.budget < max_tokens
+        if fixed and (self.selects or order is not None):
+            raise ValueError(
+                'a fixed cache is for raster order and not for mode "select", whose attention grows token by token'
+            )
         self.capacity = self.budget if self.evicts else max_tokens
         self.max_tokens, self.columns, self.order = max_tokens, columns or math.isqrt(max_tokens), order
         self.count = self.filled = 0
+        self.clock = torch.zeros((), dtype=torch.int32, device=device)
         self.targets: list[int | Tensor] = []
         self.hidden: Tensor | None = None
         # With an order: the places that tokens came to, {place: the arrival that holds it for another}, and what comes
@@ -153,6 +164,9 @@ class Slots:
         self._taken = self.ranked
         if order is not None:
             self._check_order(order)
+        self.fixed, self._target, self._empty = fixed, None, None
+        if fixed:
+            self._target = torch.zeros(rows, self.groups, 1, dtype=torch.int64, device=device)
         if self.evicts or order is not None:
             arrivals = torch.arange(self.capacity, dtype=torch.int32, device=device)
             self._arrivals = arrivals.expand(rows, self.groups, -1).contiguous()
@@ -196,11 +210,14 @@ class Slots:
     # What policies see: the image tokens now cached, N of them.
 
     @property
-    def newest(self) -> int:
+    def newest(self) -> int | Tensor:
         """Position of the token that the choice is made for: the incoming one, or in mode "select" the last cached."""
-        if self.order is not None:
-            return next(iter(self._coming))
-        return self.count - 1 if self.selects else self.count
+        return self._number if self.order is None else next(iter(self._coming))
+
+    @property
+    def _number(self) -> Tensor:
+        """As which that token came."""
+        return self.clock - 1 if self.selects else self.clock
 
     @property
     def k(self) -> Tensor:
@@ -228,7 +245,7 @@ class Slots:
     @property
     def age(self) -> Tensor:
         """How many tokens came since each, int32 ``[R, G, N]``."""
-        return (self.count - 1 if self.selects else self.count) - self.arrivals
+        return self._number - self.arrivals
 
     def came(self) -> Tensor:
         """How many tokens of each line there have been before the incoming one, int64 ``[lines]``."""
@@ -245,8 +262,10 @@ class Slots:
 
         The last is ``[rows, 1 or H, 1, C + N]`` or None.
         """
-        end = self.condition_slots + self.filled
+        end = self.condition_slots + (self.filled if self._empty is None else self._bound(self.filled))
         bias = None if self.bias is None else self.bias[rows, ..., :end]
+        if self._empty is not None:
+            bias = self._empty if bias is None else bias + self._empty
         return self.stored_k.read(0, end, rows), self.stored_v.read(0, end, rows), bias
 
     # A step: tokens of all layers come in.
@@ -274,17 +293,19 @@ class Slots:
         if self.order is not None and len(self._coming) != tokens:
             raise ValueError(f"{tokens} tokens come in, and {len(self._coming)} were announced: call expect before")
         coming = [self.count + index for index in range(tokens)]
+        numbers = self.clock + torch.arange(tokens, dtype=torch.int32, device=self.device)
         own = [self._held.get(place) for place in self._coming] or [None] * tokens
         evicted = max(0, self.filled + own.count(None) - self.capacity)
         if evicted and not self.evicts:
             raise ValueError(f"the cache was made for {self.capacity} image tokens, and this is one more")
+        self._empty = None
         victims, into = self._victims(evicted) if evicted else (None, None)
         self.targets = []
-        for arrival, held in zip(coming, own, strict=True):
+        for arrival, held in zip(numbers.split(1), own, strict=True):
             if held is not None:  # takes over from the token that held its place
                 slot = (self.arrivals == held).long().argmax(-1, keepdim=True)
             elif self.filled < self.capacity:
-                self.targets.append(self.filled)
+                self.targets.append(self._fill(arrival) if self.fixed else self.filled)
                 if self.order is not None:
                     self._arrivals[:, :, self.filled] = arrival
                 self.filled += 1
@@ -294,6 +315,8 @@ class Slots:
                 if self.merges:
                     self._merge(slot, into[:, :, :1])
                     into = into[:, :, 1:]
+            if self.fixed:
+                slot = self._target.copy_(slot)
             self.targets.append(slot)
             if self.similarity is not None:
                 self.similarity.remove(slot, self._featured.pick(slot + self.condition_slots))
@@ -302,10 +325,61 @@ class Slots:
             if self.merges:
                 heads = self.bias.shape[1]
                 self.bias.scatter_(3, (slot + self.condition_slots).unsqueeze(2).expand(-1, heads, -1, -1), 0.0)
-            self._arrivals.scatter_(2, slot, arrival)
+            self._arrivals.scatter_(2, slot, arrival.expand_as(slot))
         self.count += tokens
+        self.clock += tokens
         if self.order is not None:
             self._arrived(coming)
+
+    def _fill(self, arrival: Tensor) -> Tensor:
+        """Of a fixed cache: the next empty slot, and a note of those behind it. ``arrival``: int ``[1]``."""
+        end = self.condition_slots + self._bound(self.filled + 1)
+        empty = torch.arange(end, device=self.device) > self.condition_slots + arrival
+        self._empty = torch.zeros(1, 1, 1, end, dtype=self.wide, device=self.device).masked_fill_(empty, -torch.inf)
+        return self._target.copy_(arrival)
+
+    def _bound(self, filled: int) -> int:
+        """How many slots a step looks at that leaves so many filled, in a fixed cache that was not full before."""
+        return min(-(-filled // BUCKET) * BUCKET, self.capacity)
+
+    def phase(self) -> tuple | None:
+        """What the operations of the next token's step depend on; None: on what no other step has."""
+        if not self.fixed or not self.count:
+            return None
+        if self.filled < self.capacity:
+            return self.batch, "filling", self._bound(self.filled + 1)
+        taken = 0 if self._ranking is None or self._due(1) else self._taken
+        return self.batch, "full", taken, 0 if self.queries is None else self.queries.filled
+
+    def tick(self) -> None:
+        """A step was played: all that the host knows of it. The device has done the rest."""
+        if self.filled < self.capacity:
+            self.filled += 1
+        else:
+            self._taken = 1 if self._due(1) else self._taken + 1
+        self.count += 1
+        if self.queries is not None:
+            self.queries.count = self.count
+
+    def reset(self, valid: Tensor | None = None) -> None:
+        """Forget all tokens, in place. ``valid``: of the next ones, as at first."""
+        if (valid is None) != (self.valid is None):
+            raise ValueError("a cache that was made with valid needs it, and one without takes none")
+        if valid is not None:
+            self.valid.copy_(valid)
+        self.count = self.filled = 0
+        self._taken, self.targets, self.hidden, self._empty = self.ranked, [], None, None
+        self._came, self._held, self._coming = set(), {}, {}
+        self.clock.zero_()
+        for tensor in (self.bias, *(record.total for record in (self.similarity,) if record is not None)):
+            if tensor is not None:
+                tensor.zero_()
+        if self._arrivals is not None:
+            self._arrivals.copy_(torch.arange(self.capacity, dtype=torch.int32, device=self.device))
+        if self.attention is not None:
+            self.attention.weights.zero_()
+        if self.queries is not None:
+            self.queries.count = 0
 
     def settle(self) -> None:
         """Count the tokens of the last step among those to be similar to. To be called when all layers have them."""
@@ -338,7 +412,7 @@ class Slots:
 
         And the slots to merge what is there into, or None.
         """
-        if self._taken >= self.renewal or self._taken + tokens > self.ranked:
+        if self._due(tokens):
             self._taken = 0
             score = self.policy.score(self)
             found = torch.cat([self._least(score, rows) for rows in self.chunks(self.groups * self.filled)])
@@ -355,6 +429,10 @@ class Slots:
         self._taken += tokens
         return self._ranking[:, :, taken], self._into[:, :, taken] if self.merges else None
 
+    def _due(self, tokens: int) -> bool:
+        """Whether so many victims need a new ranking."""
+        return self._taken >= self.renewal or self._taken + tokens > self.ranked
+
     def _least(self, score: Tensor, rows: slice) -> Tensor:
         """Of these rows the slots that may leave, the least worthy first: ``[rows, G, as many as are ranked]``."""
         ranks = _ranks(score[rows], self.arrivals[rows]).add_(self.staying(rows), alpha=_NEVER)
@@ -365,8 +443,8 @@ class Slots:
     def staying(self, rows: slice) -> Tensor:
         """Which tokens may not leave, bool ``[rows, G, N]``: prefix, local window, what holds another's place."""
         arrivals = self.arrivals[rows]
-        stays = arrivals > (self.count - 1 if self.selects else self.count) - self.local
-        stays[..., : self.prefix] = True  # the prefix never leaves the first slots
+        stays = arrivals > self._number - self.local
+        stays[..., : self.prefix].fill_(True)  # the prefix never leaves the first slots
         return self._or_held(stays, arrivals)
 
     def _or_held(self, mask: Tensor, arrivals: Tensor) -> Tensor:
@@ -404,7 +482,7 @@ class Slots:
         left = keys.gather(2, mine.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1]))
         arrivals = self.arrivals[rows]
         leave = self._or_held(leave, arrivals)
-        never = leave | (arrivals >= self.count - self.columns)
+        never = leave | (arrivals >= self.clock - self.columns)
         never = torch.where(never.all(-1, keepdim=True), leave, never)  # where nothing is older
         both = square.gather(2, mine).unsqueeze(-1) + square.masked_fill(never, torch.inf).unsqueeze(2)
         found = torch.baddbmm(both.flatten(0, 1), left.flatten(0, 1), keys.flatten(0, 1).mT, alpha=-2)
@@ -466,7 +544,7 @@ class Slots:
     def tensors(self) -> dict[str, Tensor]:
         """Everything allocated, by name."""
         named = {"bias": self.bias, "places": self._places, "arrivals": self._arrivals}
-        named |= {"ranking": self._ranking, "into": self._into}
+        named |= {"ranking": self._ranking, "into": self._into, "target": self._target}
         for record in (self.similarity, self.attention, self.queries):
             if record is not None:
                 named |= record.tensors()
@@ -493,7 +571,7 @@ class Slots:
         for record in (self.stored_k, self.stored_v, self.similarity, self.attention, self.queries):
             if record is not None:
                 record.keep(kept)
-        for name in ("bias", "_arrivals", "_ranking", "_into"):
+        for name in ("bias", "_arrivals", "_ranking", "_into", "_target"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, kept(tensor))

@@ -283,8 +283,8 @@ def take_turn(
         device: where.
 
     Returns:
-        "seconds" of each step, "steps" of an image, "image_seconds", "breakdown" and "demand" or None for these, bytes of
-        the cache, and memory.
+        "seconds" of each step, "steps" of an image, "image_seconds", "breakdown" and "demand" or None for these, bytes
+        of the cache, and memory.
     """
     from evaluations.decoders import Stepper, ZipAR, bytes_in_use, demand, forget, time_image
 

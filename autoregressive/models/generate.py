@@ -9,6 +9,7 @@ from torch import Tensor
 from adsa import CacheConfig, KVCache
 from autoregressive.models.adaptive import AdaptiveWindow
 from autoregressive.models.gpt import Transformer
+from autoregressive.models.recorded import RecordedSteps
 from autoregressive.models.sampling import draw, guide, probabilities, uniform_noise
 from autoregressive.models.schedule import Pass, Schedule
 
@@ -21,14 +22,17 @@ def new_cache(
     cfg_scale: float = 1.0,
     cache: CacheConfig | None = None,
     zipar_window: int | None = None,
+    *,
+    fixed: bool = False,
 ) -> KVCache:
-    """The cache that :func:`generate` makes for these arguments; ``batch`` counts images."""
+    """The cache that :func:`generate` makes for these arguments; ``batch`` counts images. ``fixed``: for ``steps``."""
     if emb_masks is not None and model.config.model_type == "c2i":
         raise ValueError("a class-conditional model has no text to mask: emb_masks must be None")
     rows = 2 if cfg_scale > 1.0 else 1
     valid = None if emb_masks is None else emb_masks.bool().repeat(rows, 1)
     order = Schedule(max_new_tokens, model.config.grid_size, zipar_window).order
-    return model.new_cache(cache or CacheConfig(policy="full"), rows * batch, max_new_tokens, valid, order)
+    config = cache or CacheConfig(policy="full")
+    return model.new_cache(config, rows * batch, max_new_tokens, valid, order, fixed=fixed)
 
 
 def logits_of(
@@ -38,6 +42,7 @@ def logits_of(
     schedule: Schedule,
     known: Tensor,
     waiting: Collection[int] | None = None,
+    steps: RecordedSteps | None = None,
 ) -> Iterator[tuple[Tensor, Pass]]:
     """Run the model pass by pass.
 
@@ -47,6 +52,7 @@ def logits_of(
         schedule: what goes in when.
         known: int64 ``[B, N]``, the tokens. The caller writes those that are drawn before going on.
         waiting: where the caller notes which tokens may change, as :meth:`Schedule.walk` takes it; None: none ever.
+        steps: of this model and cache, to be played where that is possible; None: each runs anew.
 
     Yields:
         Logits ``[rows, P, V]`` for the P tokens that the pass draws, and the pass.
@@ -56,7 +62,7 @@ def logits_of(
         if schedule.order is not None:
             kv.expect(step.positions, step.stand_ins, positions)
         idx = known.index_select(1, sources).repeat(kv.batch // len(known), 1)
-        logits, _ = model(idx=idx, input_pos=positions + model.config.cls_token_num, cache=kv)
+        logits, _ = (steps or model)(idx=idx, input_pos=positions + model.config.cls_token_num, cache=kv)
         if len(step.rows) < len(step.positions):
             logits = logits.index_select(1, rows)
         yield logits, step
@@ -80,6 +86,7 @@ def generate(
     start: Tensor | None = None,
     zipar_window: int | None = None,
     zipar_adaptive: bool = False,
+    steps: RecordedSteps | None = None,
 ) -> Tensor:
     """Sample image tokens.
 
@@ -106,6 +113,8 @@ def generate(
         zipar_adaptive: the window is the smallest one, and each row's as wide as its first token needs
             (:class:`~autoregressive.models.adaptive.AdaptiveWindow`). Rows begin for the whole batch at once, so an
             image then depends on its batch.
+        steps: of this model, recorded (:class:`~autoregressive.models.recorded.RecordedSteps`), with the unused cache
+            that they were made for; it stands for ``kv``.
 
     Returns:
         int64 ``[B, N]`` on the device of ``cond``. While decoding, tokens leave for host memory (section 4.2 of the
@@ -128,6 +137,10 @@ def generate(
     if seeds.shape != (batch,):
         raise ValueError(f"seeds of shape {[*seeds.shape]} for {batch} images: generate takes one per image")
     schedule = Schedule(max_new_tokens, model.config.grid_size, zipar_window)
+    if steps is not None:
+        if kv is not None or steps.model is not model:
+            raise ValueError("steps come with a cache of their own, and are of one model: give no kv beside them")
+        kv = steps.kv
     if kv is None:
         kv = new_cache(model, batch, max_new_tokens, emb_masks, cfg_scale, cache, zipar_window)
     elif emb_masks is not None or cache is not None:
@@ -161,7 +174,7 @@ def generate(
     guided = cfg_scale > 1.0
     if guided:
         cond = torch.cat([cond, model.null_condition(cond)])
-    for number, (logits, step) in enumerate(logits_of(model, cond, kv, schedule, known, waiting)):
+    for number, (logits, step) in enumerate(logits_of(model, cond, kv, schedule, known, waiting, steps)):
         positions = step.draws
         if adaptive is not None or max(positions) >= given:
             logits = (guide(logits, cfg_scale) if guided else logits).flatten(0, 1)

@@ -263,7 +263,14 @@ class Transformer(nn.Module, Pretrained, library_name="adsa"):
         return self.cls_embedding.null(cond)
 
     def new_cache(
-        self, config, batch: int, max_tokens: int, valid: Tensor | None = None, order: Order | None = None
+        self,
+        config,
+        batch: int,
+        max_tokens: int,
+        valid: Tensor | None = None,
+        order: Order | None = None,
+        *,
+        fixed: bool = False,
     ) -> KVCache:
         """An empty KV cache that fits this model.
 
@@ -273,6 +280,7 @@ class Transformer(nn.Module, Pretrained, library_name="adsa"):
             max_tokens: image tokens that will be decoded.
             valid: bool ``[batch, T]``, which condition tokens are no padding; None: all.
             order: bounds of another order than raster order (:class:`adsa.Order`); None: raster order.
+            fixed: for :class:`~autoregressive.models.recorded.RecordedSteps`.
         """
         weight = self.tok_embeddings.weight
         return KVCache(
@@ -289,6 +297,7 @@ class Transformer(nn.Module, Pretrained, library_name="adsa"):
             valid=valid,
             columns=self.config.grid_size,
             order=order,
+            fixed=fixed,
         )
 
     def forward(

@@ -171,15 +171,34 @@ def step_loader(
         accelerator.num_processes,
     )
     pin = accelerator.device.type == "cuda"
-    yield from DataLoader(
+    loader = DataLoader(
         dataset, batch_sampler=sampler, num_workers=args.num_workers, pin_memory=pin, worker_init_fn=_ignore_signals
     )
+    with _signals_wait():  # for the workers too, until they ignore them
+        batches = iter(loader)
+    yield from batches
+
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 def _ignore_signals(worker: int) -> None:
     """A Ctrl-C, and torchrun's end, reach the workers too, which must serve the step that is being made."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """What comes to stop this process comes after the block, and not at all to those that it starts."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
@@ -425,7 +444,7 @@ class StopSignal:
         self.requested, self.accelerator = False, accelerator
         self.asked = None  # step and time of the last agreement
         self.next_step = 0  # of the next one
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPS:
             signal.signal(number, self._request)
 
     def _request(self, number, frame) -> None:

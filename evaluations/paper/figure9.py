@@ -151,6 +151,7 @@ def measure(shape: Shape, config: CacheConfig, images: int, device: str) -> dict
         zeros = torch.zeros(1, device=device).expand(kv.batch, args.kv_heads, args.cls_token_num, args.head_dim)
         layer.insert_condition(zeros, zeros)
         layer.count = layer.slots.count = layer.slots.filled = min(layer.slots.capacity, args.block_size - 1)
+        layer.slots.clock.fill_(layer.count)
     token = torch.zeros(kv.batch, 1, dtype=torch.long, device=device)
     position = torch.tensor([args.cls_token_num + args.block_size - 1], device=device)
     with torch.no_grad():

@@ -1,0 +1,126 @@
+"""Steps that are recorded and played make the tokens of steps that run.
+
+A tape stands for CUDA graphs: it notes each operation with the tensors that it worked on, and does the same to the same
+memory again. What the host knew when it was recorded is part of it, as of a graph.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from adsa import CacheConfig
+from adsa.policies import POLICIES
+from autoregressive.models.generate import generate, new_cache
+from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.recorded import RecordedSteps
+from tests.golden import fill_weights
+
+SIDE = 12
+SHAPE = {"dim": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "block_size": SIDE**2, "vocab_size": 24}
+TEXT = {"model_type": "t2i", "caption_dim": 6, "cls_token_num": 4}
+# What waits for the device, or needs memory of the host: a CUDA graph can't have it.
+BARRED = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal"}
+
+
+class Tape(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in BARRED
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def play(self):
+        for func, args, kwargs, before in self.calls:
+            now = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(before), tree_leaves(now), strict=True):
+                if (
+                    isinstance(old, torch.Tensor)
+                    and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr()
+                ):
+                    old.copy_(new)
+
+
+def recorder(tapes):
+    def record(step):
+        tapes.append(Tape())
+        with tapes[-1]:
+            result = step()
+        return result, tapes[-1].play
+
+    return record
+
+
+@pytest.fixture(scope="module", params=["c2i", "t2i"])
+def model(request):
+    args = SHAPE | (TEXT if request.param == "t2i" else {"num_classes": 5})
+    return fill_weights(Transformer(ModelArgs(**args)), 1).double().eval()
+
+
+def conditions(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    if model.config.model_type == "c2i":
+        return torch.randint(5, (2,), generator=generator), None
+    masks = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]] if seed else [[0, 0, 0, 1], [0, 1, 1, 1]])
+    return torch.randn(2, 4, 6, generator=generator, dtype=torch.float64), masks
+
+
+CACHES = {
+    **{name: CacheConfig(name, 70) for name in POLICIES if name != "full"},
+    "dense": CacheConfig("full"),
+    "by layer": CacheConfig("adsa", 70, granularity="layer"),
+    "renewal": CacheConfig("adsa", 70, renew_every=5),
+    "unfolded": CacheConfig("adsa", 70, fold_condition=False),
+    "merge": CacheConfig("h2o", 70, merge=True),
+    "int8": CacheConfig("adsa", 70, dtype="int8"),
+    "few": CacheConfig("adsa_plus", 10),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_played_steps_make_the_same_tokens(model, name):
+    """Two batches, one after the other, with guidance; all but a few steps are played."""
+    tapes, cache = [], CACHES[name]
+    masks = conditions(model, 0)[1]
+    kv = new_cache(model, 2, SIDE**2, masks, 2.0, cache, fixed=True)
+    steps = RecordedSteps(model, kv, recorder(tapes))
+    memory = [tensor.data_ptr() for tensor in kv.tensors()]
+    for seed in (0, 1):
+        cond, masks = conditions(model, seed)
+        if seed:
+            kv.reset(None if masks is None else masks.bool().repeat(2, 1))
+        seeds = torch.tensor([seed, 7])
+        found = generate(model, cond, SIDE**2, cfg_scale=2.0, seeds=seeds, steps=steps)
+        expected = generate(model, cond, SIDE**2, masks, cfg_scale=2.0, seeds=seeds, cache=cache)
+        assert found.equal(expected) and found.unique().numel() > 10
+    assert [tensor.data_ptr() for tensor in kv.tensors()] == memory
+    assert kv.layers[1].count == kv.layers[0].slots.clock == SIDE**2 - 1
+    assert 0 < len(tapes) < 20
+
+
+def test_guidance_may_end(model):
+    tapes = []
+    cond, masks = conditions(model, 0)
+    cache, rest = CacheConfig("adsa", 70), {"cfg_scale": 2.0, "cfg_interval": 30, "seeds": torch.tensor([1, 2])}
+    steps = RecordedSteps(model, new_cache(model, 2, 144, masks, 2.0, cache, fixed=True), recorder(tapes))
+    assert generate(model, cond, 144, steps=steps, **rest).equal(generate(model, cond, 144, masks, cache=cache, **rest))
+
+
+def test_refusals(model):
+    kv = new_cache(model, 1, SIDE**2)
+    with pytest.raises(ValueError, match="as CUDA graphs, and the model is on the device cpu"):
+        RecordedSteps(model, kv)
+    with pytest.raises(ValueError, match="of a fixed cache alone"):
+        RecordedSteps(model, kv, recorder([]))
+    with pytest.raises(ValueError, match='not for mode "select"'):
+        new_cache(model, 1, SIDE**2, cache=CacheConfig("adsa", 70, mode="select"), fixed=True)
+    with pytest.raises(ValueError, match="a fixed cache is for raster order"):
+        new_cache(model, 1, SIDE**2, zipar_window=4, fixed=True)
+    steps = RecordedSteps(model, new_cache(model, 1, SIDE**2, fixed=True), recorder([]))
+    with pytest.raises(ValueError, match="give no kv beside them"):
+        generate(model, conditions(model, 0)[0][:1], SIDE**2, kv=kv, steps=steps)
