@@ -60,6 +60,7 @@ examples:
     python evaluations/benchmark.py --gpt-ckpt pretrained_models/demo/gpt_c2i.safetensors --whole-image"""
 
 WARM_UP = 4  # steps before those that are timed
+RECORDING = 48  # more of them, with --cuda-graphs: twice as many as one ranking may serve
 BREAKDOWN = 8  # steps, with --breakdown
 TRACED = 3  # steps, with --trace
 # Beside the registered sizes: deepseek-ai/Janus-Pro-1B's language model, with its head for codes of images.
@@ -94,6 +95,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     told = "weights of int8 under the --caches; dense without them comes as well, to be compared with"
     add("--quantize", choices=("int8",), help=told)
     add("--compile", action=switch, default=False, help="torch.compile the models; a first round is not timed")
+    add(
+        "--cuda-graphs",
+        action="store_true",
+        help="each of --caches also by CUDA graphs; for whole images, a second one",
+    )
     add("--repeats", type=positive, default=3, metavar="N", help="rounds (%(default)s)")
     add("--steps", type=at_least_two, default=40, metavar="N", help="timed steps of each turn (%(default)s)")
     add("--whole-image", action=switch, default=False, help="time whole decodes as well, one in each turn")
@@ -111,6 +117,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.caches and not args.hf and not args.upstream:
         parser.error("nothing to time: give --caches, --hf or --upstream")
     args.command = shlex.join(["python", "evaluations/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    if args.cuda_graphs and args.compile:
+        parser.error("--cuda-graphs records what --compile has compiled otherwise: give one of them")
     if args.breakdown and args.compile:
         parser.error("--breakdown looks between the parts of a step, and --compile fuses them: give one of them")
     if math.isqrt(args.tokens) ** 2 != args.tokens:
@@ -122,7 +130,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def first_timed(args: argparse.Namespace) -> int:
     """How many image tokens a cache is filled with before the first step of a turn."""
-    return args.tokens - args.steps - WARM_UP - BREAKDOWN * args.breakdown - TRACED * args.trace
+    return args.tokens - args.steps - warm_up(args) - BREAKDOWN * args.breakdown - TRACED * args.trace
+
+
+def warm_up(args: argparse.Namespace) -> int:
+    """Steps before those that are timed."""
+    return WARM_UP + RECORDING * args.cuda_graphs
 
 
 # What is timed
@@ -236,7 +249,10 @@ def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
             except ValueError as error:
                 raise OptionError(f"{name}: {error}") from None
         else:
-            found.append(Decoder(told, models[-1], cache_config(name, first_timed(args), args.tokens)))
+            config = cache_config(name, first_timed(args), args.tokens)
+            found.append(Decoder(told, models[-1], config))
+            if args.cuda_graphs:
+                found.append(Decoder(f"{told} graphs", models[-1], config, records=True))
     if args.upstream:
         found.append(Upstream("upstream", model))
     if args.hf:
@@ -311,7 +327,7 @@ def take_turn(
     decoder.fill(kv, first_timed(args))
     forget(device)  # what filling took
     stepper = Stepper(decoder, kv, images, guided, first_timed(args))
-    stepper.time(WARM_UP)
+    stepper.time(warm_up(args))
     split = None
     if args.breakdown and decoder.splits:
         split = stepper.breakdown(BREAKDOWN)
@@ -533,9 +549,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     from adsa.config import DTYPES
+    from autoregressive.sample.options import OptionError
     from evaluations.decoders import machine_limits, out_of_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    if args.cuda_graphs and device.type != "cuda":
+        raise OptionError("--cuda-graphs: torch sees no GPU")
     if device.type == "cpu" and not args.cpu:
         print("torch sees no GPU: this times the CPU", file=sys.stderr)
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" or args.quantize else "fp32")

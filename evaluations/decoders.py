@@ -24,6 +24,7 @@ from adsa import CacheConfig, KVCache
 from adsa.hf import ADSACache
 from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.gpt import Transformer
+from autoregressive.models.recorded import RecordedSteps
 from autoregressive.models.sampling import draw, guide, probabilities
 
 # Decoders
@@ -36,18 +37,19 @@ class Decoder:
         name: in tables.
         model: whose steps are timed; its ``forward`` may be compiled.
         config: of the cache.
+        records: whether steps are CUDA graphs.
     """
 
-    splits = True  # whether the parts of a step can be told apart
     window: int | None = None  # of ZipAR
 
-    def __init__(self, name: str, model: Any, config: CacheConfig | None = None):
-        self.name, self.model, self.config = name, model, config
+    def __init__(self, name: str, model: Any, config: CacheConfig | None = None, *, records: bool = False):
+        self.name, self.model, self.config, self.records = name, model, config, records
+        self.splits = not records  # whether the parts of a step can be told apart
         self.budget = config.budget if config else None
 
     def new_cache(self, rows: int, tokens: int) -> Any:
         """An empty cache. ``rows``: both halves of guidance included."""
-        return self.model.new_cache(self.config, rows, tokens)
+        return self.model.new_cache(self.config, rows, tokens, fixed=self.records)
 
     def fill(self, kv: Any, count: int) -> None:
         """Take random keys and values in, as of the condition and `count` image tokens.
@@ -83,11 +85,9 @@ class ZipAR(Decoder):
         window: of the schedule.
     """
 
-    splits = False
-
     def __init__(self, name: str, model: Transformer, config: CacheConfig, window: int):
         super().__init__(name, model, config)
-        self.window = window
+        self.window, self.splits = window, False
 
     def new_cache(self, rows: int, tokens: int) -> KVCache:
         """Raises ValueError for a budget that is too small for the tokens of a pass."""
@@ -289,11 +289,9 @@ class HF(Decoder):
         cache: "dynamic", "static", or what an ADSACache keeps.
     """
 
-    splits = False
-
     def __init__(self, name: str, model: HFModel, cache: str | CacheConfig):
         super().__init__(name, model)
-        self.cache = cache
+        self.cache, self.splits = cache, False
         if isinstance(cache, CacheConfig):
             self.budget = cache.budget
 
@@ -423,6 +421,7 @@ class Stepper:
     def __init__(self, decoder: Decoder, kv: Any, images: int, guided: bool, position: int):
         model, device = decoder.model, decoder.model.tok_embeddings.weight.device
         self.model, self.kv, self.guided, self.device = model, kv, guided, device
+        self.forward = RecordedSteps(model, kv) if decoder.records else model
         self.token = torch.zeros(images, dtype=torch.long, device=device)
         self.noise = torch.rand(images, device=device)
         self.position = torch.tensor([model.config.cls_token_num + position], device=device)
@@ -430,7 +429,7 @@ class Stepper:
     def step(self) -> None:
         """One more token."""
         idx = self.token.repeat(2 if self.guided else 1).unsqueeze(1)
-        logits = self.model(idx=idx, input_pos=self.position, cache=self.kv)[0][:, -1]
+        logits = self.forward(idx=idx, input_pos=self.position, cache=self.kv)[0][:, -1]
         if self.guided:
             logits = guide(logits, 3.0)
         self.token = draw(probabilities(logits), self.noise)
@@ -510,11 +509,16 @@ def time_image(decoder: Decoder, kv: Any, images: int, guided: bool, tokens: int
         cond = torch.zeros(images, dtype=torch.long, device=weight.device)
     else:
         cond = torch.randn(images, args.cls_token_num, args.caption_dim).to(weight)
-    seeds = torch.arange(images)
+    options = {"cfg_scale": 3.0 if guided else 1.0, "seeds": torch.arange(images)}
+    if decoder.records:  # which the first image pays for, and all others profit by
+        options["steps"] = RecordedSteps(decoder.model, kv)
+        generate(decoder.model, cond, tokens, **options)
+        kv.reset()
+    else:
+        options |= {"kv": kv, "zipar_window": decoder.window}
     clock = Clock(weight.device)
     clock.mark()
-    scale, window = 3.0 if guided else 1.0, decoder.window
-    generate(decoder.model, cond, tokens, cfg_scale=scale, seeds=seeds, kv=kv, zipar_window=window)
+    generate(decoder.model, cond, tokens, **options)
     clock.mark()
     return clock.seconds()[0]
 

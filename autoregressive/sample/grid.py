@@ -65,7 +65,8 @@ def sample_grid(
         sampler.cache = variant.cache_config()
         title = cache_title(sampler.cache, blueprint.tokens)
         print(f"sampling: {title}", file=sys.stderr, flush=True)
-        warm_up = blueprint.tokens if options.model.compile else 8  # all graphs compile within one image
+        whole = options.model.compile or options.model.cuda_graphs  # all graphs are made within one image
+        warm_up = blueprint.tokens if whole else 8
         sampler.tokens(cond, seeds, masks, count=warm_up)
         sampler.images(torch.zeros(1, blueprint.tokens, dtype=torch.long), size)
         sampler.reset()

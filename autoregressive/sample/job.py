@@ -280,7 +280,9 @@ def run_settings(options: Options, blueprint: Blueprint, device: torch.device) -
         cache = cache.fitted(order)
     prefix, local = cache.split  # as they are, and not None for the policy's own
     sections["cache"] |= {"prefix": prefix, "local": local, "renew_every": cache.renewal, "merge": cache.merges or None}
-    sections["sampling"]["zipar_adaptive"] = sampling.zipar_adaptive or None  # as in runs that are older than it
+    # As in runs that are older than these.
+    sections["sampling"]["zipar_adaptive"] = sampling.zipar_adaptive or None
+    sections["model"]["cuda_graphs"] = options.model.cuda_graphs or None
     flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     free = _FREE - {"run.per_proc_batch_size"} if sampling.zipar_adaptive else _FREE
     kept = {key: value for key, value in flat.items() if key not in free}

@@ -84,6 +84,9 @@ class ModelOptions:
         choices=("int8",),
     )
     compile: bool = option(False, "torch.compile the GPT: slow to start, faster per token")
+    cuda_graphs: bool = option(
+        False, "record decode steps as CUDA graphs, which spares the host a launch for each small operation"
+    )
     vq_model: str | None = option(None, "tokenizer; default: as the checkpoint says, else VQ-16", metavar="NAME")
     vq_ckpt: str | None = option(None, "weights of the tokenizer", metavar="FILE", path=True)
     codebook_size: int | None = option(None, "default: as the checkpoint says, else the tokenizer's (16384 for VQ-16)")
@@ -351,6 +354,8 @@ class Options:
                 )
         elif sampling.zipar_adaptive:
             raise OptionError("sampling.zipar_adaptive needs sampling.zipar_window, the smallest window")
+        if self.model.cuda_graphs and self.model.compile:
+            raise OptionError("model.cuda_graphs and model.compile don't go together: give one of them")
         if not 0 <= sampling.temperature < float("inf"):
             raise OptionError(f"sampling.temperature must be 0 or more, not {sampling.temperature}")
 

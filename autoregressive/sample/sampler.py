@@ -19,6 +19,7 @@ from autoregressive.models.checkpoint import load_model, read_state_dict
 from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
 from autoregressive.models.quantize import quantize
+from autoregressive.models.recorded import RecordedSteps
 from autoregressive.sample.options import ROOT, ModelOptions, OptionError, Options, near, shown
 from tokenizer.files import fingerprint
 from tokenizer.tokenizer_image.images import to_uint8
@@ -192,8 +193,12 @@ class Sampler:
         torch.set_float32_matmul_precision("high")  # TF32, as LlamaGen samples
         torch.backends.cudnn.deterministic = True
         model = blueprint.options
+        self.records, self._steps, self._made_for = model.cuda_graphs, None, None
+        if self.records and device.type != "cuda":
+            raise OptionError(f"model.cuda_graphs needs a CUDA device, and this one is {device}; leave it out")
         try:  # an impossible cache or window is told before weights are read
-            new_cache(blueprint.gpt, 1, blueprint.tokens, cache=self.cache, zipar_window=self.sampling.zipar_window)
+            window = self.sampling.zipar_window
+            new_cache(blueprint.gpt, 1, blueprint.tokens, None, 1.0, self.cache, window, fixed=self.records)
         except ValueError as error:
             raise OptionError(str(error)) from error
         self.gpt = blueprint.load_gpt(device)
@@ -242,8 +247,12 @@ class Sampler:
         with self._timed("gpt"):
             if cond.is_floating_point():
                 cond = cond.to(self.gpt.tok_embeddings.weight.dtype)
-            window = options.zipar_window
-            kv = new_cache(self.gpt, len(cond), count, masks, options.cfg_scale, self.cache, window)
+            window, steps = options.zipar_window, None
+            if self.records:
+                steps = self._recorded(len(cond), count, masks)
+                kv = steps.kv
+            else:
+                kv = new_cache(self.gpt, len(cond), count, masks, options.cfg_scale, self.cache, window)
             if len(cond) > self.cache_report.get("images_per_batch", 0):
                 self.cache_report = describe(kv, len(cond))
             return generate(
@@ -256,11 +265,24 @@ class Sampler:
                 top_k=options.top_k,
                 top_p=options.top_p,
                 seeds=seeds,
-                kv=kv,
+                kv=None if steps else kv,
+                steps=steps,
                 start=start,
                 zipar_window=window,
                 zipar_adaptive=options.zipar_adaptive,
             )
+
+    def _recorded(self, batch: int, count: int, masks: Tensor | None) -> RecordedSteps:
+        """The steps of the last batch with their cache, emptied, if these fit; else new ones."""
+        scale, made_for = self.sampling.cfg_scale, (batch, count, masks is None, self.cache)
+        rows = 2 if scale > 1.0 else 1
+        if self._made_for == made_for and self._steps.kv.batch == rows * batch:  # no rows left with guidance's end
+            self._steps.kv.reset(None if masks is None else masks.bool().repeat(rows, 1))
+        else:
+            self._steps = None  # its memory goes first
+            kv = new_cache(self.gpt, batch, count, masks, scale, self.cache, fixed=True)
+            self._steps, self._made_for = RecordedSteps(self.gpt, kv), made_for
+        return self._steps
 
     def images(self, tokens: Tensor, size: int) -> np.ndarray:
         """Decode tokens [B, N] to uint8 [B, size, size, 3], see :func:`decode_images`."""

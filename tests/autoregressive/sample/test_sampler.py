@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 from autoregressive.models.checkpoint import CheckpointError, read_state_dict, save_safetensors
+from autoregressive.models.recorded import RecordedSteps
+from autoregressive.sample import sampler
 from autoregressive.sample.options import ModelOptions, OptionError, Options
 from autoregressive.sample.sampler import Blueprint, Sampler, image_seeds
+from tests.tape import recorder
 from tokenizer.tokenizer_image.images import to_uint8
 
 CPU = torch.device("cpu")
@@ -118,6 +121,27 @@ def test_compiling_changes_no_token(tiny, monkeypatch, quantized):
         tokens.append(Sampler(Blueprint(options.model, CPU), options, CPU).tokens(cond, seeds))
         assert (graphs.frame_count > 0) == compiled
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("interval", [-1, 9])
+def test_recorded_steps_change_no_token(tiny, monkeypatch, interval):
+    """Batches of one size share them; another size has its own."""
+    options = Options(model=model_options(tiny, cuda_graphs=True))
+    with pytest.raises(OptionError, match="needs a CUDA device, and this one is cpu"):
+        Sampler(Blueprint(options.model, CPU), options, CPU)
+    options.model.cuda_graphs, options.sampling.cfg_interval = False, interval
+    options.cache.policy, options.cache.budget = "adsa", 12
+    tapes = []
+    monkeypatch.setattr(sampler, "RecordedSteps", partial(RecordedSteps, recorder=recorder(tapes)))
+    one, other = (Sampler(Blueprint(options.model, CPU), options, CPU) for _ in range(2))
+    other.records = True
+    counts = []
+    for first, batch in ((0, 2), (2, 2), (4, 3), (0, 2)):
+        cond, seeds = torch.arange(first, first + batch), torch.arange(first, first + batch)
+        assert torch.equal(one.tokens(cond, seeds), other.tokens(cond, seeds))
+        counts.append(len(tapes))
+    assert counts[0] > 0 and counts[1] < counts[2] < counts[3]
+    assert (counts[0] == counts[1]) == (interval == -1)  # rows that went with guidance's end don't come back
 
 
 def test_precision_is_the_gpts_alone(tiny):
