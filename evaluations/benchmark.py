@@ -7,7 +7,6 @@ import argparse
 import copy
 import json
 import math
-import platform
 import re
 import shlex
 import statistics
@@ -526,17 +525,12 @@ def machine(device: "torch.device") -> str:
     return device_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
 
 
-def versions() -> dict[str, str | None]:
-    """Of what times depend on. None: not installed."""
-    import torch
-
-    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for name in ("torch", "triton", "transformers", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+def installed(name: str) -> str | None:
+    """The version of a package; None: it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -549,6 +543,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     from adsa.config import DTYPES
+    from autoregressive.sample.job import versions
     from autoregressive.sample.options import OptionError
     from evaluations.decoders import machine_limits, out_of_memory
 
@@ -576,7 +571,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "command": args.command,
             "machine": machine(device),
             "device": device.type,
-            "versions": versions(),
+            "versions": versions() | {name: installed(name) for name in ("triton", "transformers")},
             "model": args.model or (Path(args.gpt_ckpt).name if args.gpt_ckpt else "GPT-Demo"),
             "settings": settings,
             "limits": limits,
