@@ -198,7 +198,8 @@ class Compass:
         prefix, local = cache.split
         settings = {
             "cache": asdict(cache)
-            | {"prefix": prefix, "local": local, "renew_every": cache.renewal, "merge": cache.merges},
+            | {"prefix": prefix, "local": local, "renew_every": cache.renewal, "merge": cache.merges}
+            | {"revision": cache.rule.revision},
             "window": window,
             "cfg_scale": cfg_scale,
             "identity": self.identity,

@@ -25,6 +25,8 @@ class Policy:
         merges: whether what leaves is merged into what stays, where the config doesn't say.
         renewal: how many steps one ranking serves, where the config doesn't say and the budget allows.
         planar: whether it looks at rows and columns of the image (``layer.columns``).
+        revision: to be raised when the same keys come to keep other tokens, so that runs and results of before are not
+            taken for those of now.
     """
 
     name: ClassVar[str]
@@ -34,6 +36,7 @@ class Policy:
     merges: ClassVar[bool] = False
     renewal: ClassVar[int] = 1
     planar: ClassVar[bool] = False
+    revision: ClassVar[int | None] = None
 
     def split(self, budget: int) -> tuple[int, int]:
         """The (prefix, local) that this policy takes of a budget where the config names none; the paper names none."""

@@ -280,6 +280,7 @@ def run_settings(options: Options, blueprint: Blueprint, device: torch.device) -
         cache = cache.fitted(order)
     prefix, local = cache.split  # as they are, and not None for the policy's own
     sections["cache"] |= {"prefix": prefix, "local": local, "renew_every": cache.renewal, "merge": cache.merges or None}
+    sections["cache"]["revision"] = cache.rule.revision
     # As in runs that are older than these.
     sections["sampling"]["zipar_adaptive"] = sampling.zipar_adaptive or None
     sections["model"]["cuda_graphs"] = options.model.cuda_graphs or None

@@ -5,6 +5,8 @@ import sys
 import numpy as np
 import pytest
 
+from adsa.policies.adsa import Adsa
+from autoregressive.sample.run_folder import RunError
 from evaluations.extractors import EvaluationError
 from evaluations.features import open_set
 from evaluations.paper import reference, runs
@@ -49,14 +51,20 @@ def test_images_of_runs_can_be_had_again(kind, tiny_protocol, launched):
 
 def test_a_run_of_other_models_is_no_such_run(tiny_protocol, tiny, launched, tmp_path):
     """It is left alone, and the error says so."""
-    from autoregressive.sample.run_folder import RunError
-
     run = sampled(tiny_protocol.c2i)
     record = json.loads((run / "run.json").read_text())
     record["settings"]["model.gpt_ckpt"]["sha256_of_blocks"] = "other"
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match="holds a run with other settings"):
         sampled(tiny_protocol.c2i)
+
+
+def test_a_run_of_a_policy_as_it_was_is_no_such_run(tiny_protocol, launched, monkeypatch):
+    sampled(tiny_protocol.c2i, ADSA)
+    monkeypatch.setattr(Adsa, "revision", 2)
+    with pytest.raises(RunError, match=r"cache\.revision is None there and 2 here"):
+        sampled(tiny_protocol.c2i, ADSA)
+    sampled(tiny_protocol.c2i, {"policy": "window", "budget": 9})
 
 
 @pytest.mark.parametrize(
