@@ -25,11 +25,12 @@ class AttentionRecord:
         self.window = window
         self.weights = torch.zeros(batch, groups, max(1, window), slots, dtype=dtype, device=device)
 
-    def add(self, query: Tensor, weights: Tensor, slots: Tensor | None = None, rows: slice = ALL) -> None:
+    def add(self, clock: Tensor, back: int, weights: Tensor, slots: Tensor | None = None, rows: slice = ALL) -> None:
         """The weights of one query.
 
         Args:
-            query: its number, int without dimensions; of a window, the oldest query's row is overwritten.
+            clock: tokens that have come by now, int without dimensions.
+            back: 1 for the query of the last of them, and so on. Of a window, the oldest query's row is overwritten.
             weights: ``[B, G, M]``.
             slots: int64 ``[B, G, M]``, where they belong; None: slots 0 .. M - 1, and all others are empty.
             rows: those of this query.
@@ -40,7 +41,7 @@ class AttentionRecord:
         elif self.window:
             weights = torch.zeros_like(mine[:, :, 0]).scatter_(2, slots, weights)
         if self.window:
-            mine.index_copy_(2, (query % self.window).long().view(1), weights.unsqueeze(2))
+            mine.index_copy_(2, ((clock - back) % self.window).long().view(1), weights.unsqueeze(2))
         elif slots is None:
             mine[:, :, 0].add_(weights)
         else:

@@ -259,7 +259,7 @@ class LayerCache:
             seen = seen.sum(1, keepdim=True)
         where, self._seen = self._seen, None
         for index, of_query in enumerate(seen.unbind(2)):
-            slots.attention.add(slots.clock + (index - queries), of_query, where, self.rows)
+            slots.attention.add(slots.clock, queries - index, of_query, where, self.rows)
         return (weights.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (shared, queries)).flatten(1, 2)
 
     def _condition_mask(self, q: Tensor) -> Tensor | None:

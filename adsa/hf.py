@@ -481,7 +481,12 @@ def _parameters(model_config: transformers.PretrainedConfig) -> tuple[str, int]:
 
 
 def _fed(
-    config: CacheConfig, text: transformers.PretrainedConfig, prompt: int, tokens: int, dtype: torch.dtype, columns: int
+    config: CacheConfig,
+    text: transformers.PretrainedConfig,
+    prompt: int,
+    tokens: int,
+    dtype: torch.dtype,
+    columns: int | None,
 ) -> tuple[int, int]:
     """(most keys ever handed out, most bytes ever allocated) by one layer that a prompt and an image went through."""
     heads, dim = _heads(text)

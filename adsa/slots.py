@@ -75,7 +75,8 @@ class Slots:
         order: of tokens that don't come in raster order; None: they do. First and newest tokens, which always stay, are
             then the first and the newest to come.
         fixed: steps of one :meth:`phase` are the same operations on the same memory, so that one can be recorded, as a
-            CUDA graph is, and played for the others. Costs a little more attention while the cache fills.
+            CUDA graph is, and played for the others. Until the cache is full, which a dense one never is, attention
+            goes to some empty slots as well, under a mask.
 
     Attributes:
         condition_slots: those before the image's.
@@ -123,7 +124,7 @@ class Slots:
         self.prefix, self.local = config.split
         self.selects = config.mode == "select" and self.budget < max_tokens
         self.evicts = config.mode == "evict" and self.budget < max_tokens
-        if fixed and (self.selects or order is not None):
+        if fixed and (config.mode == "select" or order is not None):
             raise ValueError(
                 'a fixed cache is for raster order and not for mode "select", whose attention grows token by token'
             )
@@ -143,7 +144,8 @@ class Slots:
         self.groups = 1 if joint else n_kv_head
         # What is added to scores takes the queries' dtype, but on the CPU, whose kernels take float32 as well.
         self.wide = wide = torch.promote_types(dtype, torch.float32) if self.device.type == "cpu" else dtype
-        self.condition_tokens, self.valid = condition_tokens, None if valid is None else valid.to(device, torch.bool)
+        self.condition_tokens = condition_tokens
+        self.valid = None if valid is None else valid.to(device, torch.bool, copy=True)  # a reset writes into it
         self.folds = config.fold_condition and condition_tokens > 1
         self.condition_slots = fold_bias(torch.ones(1), wide).shape[-1] if self.folds else condition_tokens
         size = self.condition_slots + self.capacity
@@ -165,6 +167,7 @@ class Slots:
         if order is not None:
             self._check_order(order)
         self.fixed, self._target, self._empty = fixed, None, None
+        self._memory = 0  # how often tensors were replaced
         if fixed:
             self._target = torch.zeros(rows, self.groups, 1, dtype=torch.int64, device=device)
         if self.evicts or order is not None:
@@ -293,7 +296,9 @@ class Slots:
         if self.order is not None and len(self._coming) != tokens:
             raise ValueError(f"{tokens} tokens come in, and {len(self._coming)} were announced: call expect before")
         coming = [self.count + index for index in range(tokens)]
-        numbers = self.clock + torch.arange(tokens, dtype=torch.int32, device=self.device)
+        numbers = self.clock.view(1)
+        if tokens > 1:
+            numbers = numbers + torch.arange(tokens, dtype=torch.int32, device=self.device)
         own = [self._held.get(place) for place in self._coming] or [None] * tokens
         evicted = max(0, self.filled + own.count(None) - self.capacity)
         if evicted and not self.evicts:
@@ -347,9 +352,9 @@ class Slots:
         if not self.fixed or not self.count:
             return None
         if self.filled < self.capacity:
-            return self.batch, "filling", self._bound(self.filled + 1)
+            return self._memory, "filling", self._bound(self.filled + 1)
         taken = 0 if self._ranking is None or self._due(1) else self._taken
-        return self.batch, "full", taken, 0 if self.queries is None else self.queries.filled
+        return self._memory, "full", taken, 0 if self.queries is None else self.queries.filled
 
     def tick(self) -> None:
         """A step was played: all that the host knows of it. The device has done the rest."""
@@ -371,13 +376,10 @@ class Slots:
         self._taken, self.targets, self.hidden, self._empty = self.ranked, [], None, None
         self._came, self._held, self._coming = set(), {}, {}
         self.clock.zero_()
-        for tensor in (self.bias, *(record.total for record in (self.similarity,) if record is not None)):
-            if tensor is not None:
-                tensor.zero_()
+        for tensor in self.tensors().values():  # keys and values too: what is masked must not be NaN either
+            tensor.zero_()
         if self._arrivals is not None:
             self._arrivals.copy_(torch.arange(self.capacity, dtype=torch.int32, device=self.device))
-        if self.attention is not None:
-            self.attention.weights.zero_()
         if self.queries is not None:
             self.queries.count = 0
 
@@ -564,6 +566,7 @@ class Slots:
         """Of each layer, keep these rows, in this order. ``rows``: int64 ``[n]``; one may stand there several times."""
         self.settle()
         self.targets, self.hidden = [], None
+        self._memory += 1
 
         def kept(tensor: Tensor) -> Tensor:
             return tensor.unflatten(0, (self.layers, self.batch)).index_select(1, rows.to(tensor.device)).flatten(0, 1)
@@ -580,5 +583,6 @@ class Slots:
 
     def move_kv(self, device: torch.device | str) -> None:
         """Move keys and values to another device, and back before the next token. Bookkeeping stays."""
+        self._memory += 1
         for store in (self.stored_k, self.stored_v):
             store.to(device)

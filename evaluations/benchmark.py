@@ -42,7 +42,7 @@ of the two is the limit."""
 EPILOG = """\
 A cache is `dense`, or POLICY-BUDGET, as adsa-256, or POLICY-BUDGET-renewN if one ranking serves N steps. With -ziparW
 behind, as dense-zipar12, several rows of the image are decoded at once, each W tokens behind the one above: whole
-images are timed, and a step is one of their passes. With --hf caches run under transformers' Llama (adsa/hf.py), beside
+images are timed, and a step is any of their passes. With --hf caches run under transformers' Llama (adsa/hf.py), beside
 the library's own, `dynamic` and `static`.
 
 Writes table.json (every number; rewritten after each turn), table.md and plot.png.
@@ -59,13 +59,13 @@ examples:
     python evaluations/benchmark.py --gpt-ckpt pretrained_models/demo/gpt_c2i.safetensors --whole-image"""
 
 WARM_UP = 4  # steps before those that are timed
-RECORDING = 48  # more of them, with --cuda-graphs: twice as many as one ranking may serve
 BREAKDOWN = 8  # steps, with --breakdown
 TRACED = 3  # steps, with --trace
 # Beside the registered sizes: deepseek-ai/Janus-Pro-1B's language model, with its head for codes of images.
 SHAPES = {"Janus-Pro-1B": {"dim": 2048, "n_layer": 24, "n_head": 16}}
 ZIPAR = "-zipar"
-BASES = ("dense", "full", "hf-dynamic")  # what times are told against: the first of these that is there
+GRAPHS = " graphs"
+BASES = ("dense", "full", "hf-dynamic")  # what times are told against, like with like: the first of these that is there
 MIB = 2**20
 
 
@@ -129,12 +129,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def first_timed(args: argparse.Namespace) -> int:
     """How many image tokens a cache is filled with before the first step of a turn."""
-    return args.tokens - args.steps - warm_up(args) - BREAKDOWN * args.breakdown - TRACED * args.trace
-
-
-def warm_up(args: argparse.Namespace) -> int:
-    """Steps before those that are timed."""
-    return WARM_UP + RECORDING * args.cuda_graphs
+    return args.tokens - args.steps - WARM_UP - BREAKDOWN * args.breakdown - TRACED * args.trace
 
 
 # What is timed
@@ -251,12 +246,14 @@ def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
             config = cache_config(name, first_timed(args), args.tokens)
             found.append(Decoder(told, models[-1], config))
             if args.cuda_graphs:
-                found.append(Decoder(f"{told} graphs", models[-1], config, records=True))
+                found.append(Decoder(told + GRAPHS, models[-1], config, records=True))
     if args.upstream:
         found.append(Upstream("upstream", model))
     if args.hf:
         models.append(HFModel(model))
         for name in args.hf:
+            if ZIPAR in name:
+                raise OptionError(f"--hf {name}: transformers decodes one token after the other")
             own = name in ("dynamic", "static")
             cache = name if own else cache_config(name, first_timed(args), args.tokens)
             found.append(HF(f"hf-{name}", models[-1], cache))
@@ -301,7 +298,7 @@ def take_turn(
         "seconds" of each step, "steps" of an image, "image_seconds", "breakdown" and "demand" or None for these, bytes
         of the cache, and memory.
     """
-    from evaluations.decoders import Stepper, ZipAR, bytes_in_use, demand, forget, time_image
+    from evaluations.decoders import RecordedSteps, Stepper, ZipAR, bytes_in_use, demand, forget, time_image
 
     guided = args.cfg_scale > 1
     rows = images * (2 if guided else 1)
@@ -323,10 +320,17 @@ def take_turn(
             "peak_bytes": peak,
             "beyond_weights_bytes": peak - before,
         }
-    decoder.fill(kv, first_timed(args))
-    forget(device)  # what filling took
-    stepper = Stepper(decoder, kv, images, guided, first_timed(args))
-    stepper.time(warm_up(args))
+    forward = RecordedSteps(decoder.model, kv) if decoder.records else decoder.model
+    for untimed in (
+        (True, True, False) if decoder.records else (False,)
+    ):  # a kind of step is recorded when it comes again
+        decoder.fill(kv, first_timed(args))
+        forget(device)  # what filling took
+        stepper = Stepper(decoder, kv, images, guided, first_timed(args), forward)
+        stepper.time(WARM_UP)
+        if untimed:
+            stepper.time(args.steps)
+            kv.reset()
     split = None
     if args.breakdown and decoder.splits:
         split = stepper.breakdown(BREAKDOWN)
@@ -354,6 +358,13 @@ def take_turn(
         forget(device)
         turn["image_seconds"] = time_image(decoder, decoder.new_cache(rows, args.tokens), images, guided, args.tokens)
     return turn
+
+
+def base_of(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What a row's times are told against: one of BASES among the rows of its batch size; by graphs, if it is."""
+    end = GRAPHS * row["cache"].endswith(GRAPHS)
+    found = {each["cache"]: each for each in rows}
+    return next((found[base + end] for base in BASES if base + end in found), None)
 
 
 def summary(row: dict[str, Any], base: dict[str, Any] | None, limits: dict[str, float], tokens: int) -> dict[str, Any]:
@@ -403,16 +414,21 @@ def summary(row: dict[str, Any], base: dict[str, Any] | None, limits: dict[str, 
     if splits:
         found["breakdown_ms"] = {key: 1000 * statistics.median(split[key] for split in splits) for key in splits[0]}
     if base is not None:
-        common = [number for number in row["turns"] if number in base["turns"]]
-        medians = [[statistics.median(each["turns"][number]["seconds"]) for number in common] for each in (row, base)]
-        ratios = [mine / theirs for mine, theirs in zip(*medians, strict=True)]
-        if ratios:
-            found["against"] = {"base": base["cache"]} | {
-                "median": statistics.median(ratios),
-                "min": min(ratios),
-                "max": max(ratios),
-            }
+        common = [(turn, base["turns"][number]) for number, turn in row["turns"].items() if number in base["turns"]]
+        if need and common:  # what has no limit has other steps than the base
+            steps = [[statistics.median(turn["seconds"]) for turn in pair] for pair in common]
+            found["against"] = ratio_to(base, steps)
+        if images and common and common[0][1]["image_seconds"] is not None:
+            found["whole_image"]["against"] = ratio_to(
+                base, [[turn["image_seconds"] for turn in pair] for pair in common]
+            )
     return found
+
+
+def ratio_to(base: dict[str, Any], pairs: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Of times of both sides in some rounds."""
+    ratios = [mine / theirs for mine, theirs in pairs]
+    return {"base": base["cache"], "median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 # Results
@@ -422,10 +438,10 @@ def table(record: dict[str, Any]) -> str:
     """Markdown."""
     rows, limits, settings = record["rows"], record["limits"], record["settings"]
     whole = any("whole_image" in row.get("summary", {}) for row in rows)
-    base = next((row["summary"]["against"]["base"] for row in rows if "against" in row.get("summary", {})), "dense")
-    head = ["images", "cache", "step ms p50", "mean", "p95", "p99", f"/ {base} (min to max)", "limit ms", "/ limit"]
+    bases = dict.fromkeys(row["summary"]["against"]["base"] for row in rows if "against" in row.get("summary", {}))
+    head = ["images", "cache", "step ms p50", "mean", "p95", "p99", "/ base (min to max)", "limit ms", "/ limit"]
     head += ["images/s, steady", "KV MiB", "cache MiB", "peak MiB", "beyond weights MiB"]
-    head += ["whole batch s", "images/s, whole"] if whole else []
+    head += ["whole batch s", "/ base (min to max)", "images/s, whole"] if whole else []
     lines = []
     for row in rows:
         found = row.get("summary")
@@ -433,9 +449,8 @@ def table(record: dict[str, Any]) -> str:
         if not found:
             lines.append([*cells, row["status"], *[""] * (len(head) - 3)])
             continue
-        step, ratio = found["step_ms"], found.get("against")
-        cells += [f"{step[key]:.3f}" for key in ("p50", "mean", "p95", "p99")]
-        cells.append(f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})" if ratio else "")
+        cells += [f"{found['step_ms'][key]:.3f}" for key in ("p50", "mean", "p95", "p99")]
+        cells.append(told_ratio(found))
         limit = ["", ""]
         if "limit_ms" in found:
             limit = [f"{found['limit_ms']:.3f} ({found['limited_by']})", f"{found['times_limit']:.2f}"]
@@ -443,8 +458,9 @@ def table(record: dict[str, Any]) -> str:
         sizes = ("kv_bytes", "cache_bytes", "peak_bytes", "beyond_weights_bytes")
         cells += [f"{found[key] / MIB:.1f}" for key in sizes]
         if whole:
-            image = found.get("whole_image")
-            cells += [f"{image['seconds']:.2f}", f"{image['images_per_second']:.3f}"] if image else ["", ""]
+            cells += ["", "", ""]
+            if image := found.get("whole_image"):
+                cells[-3:] = [f"{image['seconds']:.2f}", told_ratio(image), f"{image['images_per_second']:.3f}"]
         lines.append(cells)
     rows_told = "2 rows for each image (guidance)" if settings["cfg_scale"] > 1 else "1 row for each image"
     memory = "torch's allocator" if record["device"] == "cuda" else "the process' resident memory"
@@ -456,12 +472,18 @@ def table(record: dict[str, Any]) -> str:
         "",
         f"{record['model']}, {settings['dtype']}{', compiled' if settings['compile'] else ''}, {settings['tokens']} "
         f"tokens, {rows_told}. The last {settings['steps']} steps of an image, {settings['repeats']} round(s); "
-        f"`/ {base}`: median of the rounds' ratios of median step times. Limit: a copy moves "
-        f"{limits['bytes_per_second'] / 1e9:.1f} GB/s, a matrix product makes "
+        f"`/ base`: median of the rounds' ratios, of median step times or of whole batches, to {' or '.join(bases)}. "
+        f"Limit: a copy moves {limits['bytes_per_second'] / 1e9:.1f} GB/s, a matrix product makes "
         f"{limits['flops_per_second'] / 1e12:.3f} TFLOP/s. Steady images/s: if all steps were as these. Peak: "
         f"{memory}.",
     ]
     return "\n".join(text)
+
+
+def told_ratio(found: dict[str, Any]) -> str:
+    """Of what has one."""
+    ratio = found.get("against")
+    return f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})" if ratio else ""
 
 
 def breakdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -595,13 +617,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                         if not out_of_memory(error):
                             raise
                         row["status"] = "out of memory"
-                    base = min(
-                        (each for each in rows if each["cache"] in BASES),
-                        key=lambda each: BASES.index(each["cache"]),
-                        default=None,
-                    )
                     for each in rows:
-                        each["summary"] = summary(each, base, limits, args.tokens)
+                        each["summary"] = summary(each, base_of(each, rows), limits, args.tokens)
                     write_json(args.output / "table.json", record)
                 bar.update()
         bar.close()

@@ -416,12 +416,15 @@ class Stepper:
         images: rows are as many, or twice as many if guided.
         guided: whether there is an unconditional half.
         position: of the next image token.
+        forward: called as the model is; None: the decoder's model.
     """
 
-    def __init__(self, decoder: Decoder, kv: Any, images: int, guided: bool, position: int):
+    def __init__(
+        self, decoder: Decoder, kv: Any, images: int, guided: bool, position: int, forward: Callable | None = None
+    ):
         model, device = decoder.model, decoder.model.tok_embeddings.weight.device
         self.model, self.kv, self.guided, self.device = model, kv, guided, device
-        self.forward = RecordedSteps(model, kv) if decoder.records else model
+        self.forward = forward or model
         self.token = torch.zeros(images, dtype=torch.long, device=device)
         self.noise = torch.rand(images, device=device)
         self.position = torch.tensor([model.config.cls_token_num + position], device=device)
@@ -503,17 +506,18 @@ class Stepper:
 
 
 def time_image(decoder: Decoder, kv: Any, images: int, guided: bool, tokens: int) -> float:
-    """Seconds of a whole decode into an unused cache."""
+    """Seconds of a whole decode into an unused cache; of recorded steps, after those that record them."""
     args, weight = decoder.model.config, decoder.model.tok_embeddings.weight
     if args.model_type == "c2i":
         cond = torch.zeros(images, dtype=torch.long, device=weight.device)
     else:
         cond = torch.randn(images, args.cls_token_num, args.caption_dim).to(weight)
     options = {"cfg_scale": 3.0 if guided else 1.0, "seeds": torch.arange(images)}
-    if decoder.records:  # which the first image pays for, and all others profit by
+    if decoder.records:
         options["steps"] = RecordedSteps(decoder.model, kv)
-        generate(decoder.model, cond, tokens, **options)
-        kv.reset()
+        for _ in range(2):  # a kind of step is recorded when it comes again
+            generate(decoder.model, cond, tokens, **options)
+            kv.reset()
     else:
         options |= {"kv": kv, "zipar_window": decoder.window}
     clock = Clock(weight.device)

@@ -187,8 +187,8 @@ class Compass:
             cache, window, cfg_scale: as :func:`token_losses` takes them.
 
         Returns:
-            "losses", nats a token for each image; "by_row", those of each row of tokens, over all images; and the
-            settings.
+            "losses", nats a token for each image; "by_row", those of each row of tokens, over all images, which
+            results older than it lack; and the settings.
         """
         name = cache_name(cache).replace(":", "-").replace(",", "-")
         name += f"-zipar{window}" * (window is not None) + f"-cfg{cfg_scale}" * (cfg_scale > 1)
@@ -209,10 +209,9 @@ class Compass:
                 found = json.loads(path.read_text())
                 there = {key: found[key] for key in settings}
                 measured = [float(loss) for loss in found["losses"]], float(found["seconds"])
-                by_row = [float(loss) for loss in found["by_row"]]
             except (ValueError, KeyError, TypeError) as error:
                 raise OptionError(f"{path}: no readable result ({error!r}); delete it to measure again") from error
-            if there != settings or (len(measured[0]), len(by_row)) != (len(self.indices), self.blueprint.grid):
+            if there != settings or len(measured[0]) != len(self.indices):
                 raise OptionError(
                     f"{path}: of another model, other images, another number of them or another default split; give "
                     f"another --output, or delete it"

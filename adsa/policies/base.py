@@ -48,7 +48,8 @@ class Policy:
         Args:
             layer: the rows of all layers that choose together in time, R of them, with ``layer.k`` and ``layer.v``
                 ``[R, H, N, D]`` and ``layer.positions`` ``[R, G, N]``, N being the image tokens now there and G = H for
-                a choice per head, 1 for one per layer.
+                a choice per head, 1 for one per layer. What time it is, ``layer.newest``, ``layer.age`` and
+                ``layer.clock`` tell; ``layer.count`` would be that of the recording where steps are played.
 
         Returns:
             ``[R, G, N]``; ranked in steps of 2^-28, and beyond +-32 767 all alike. Of equal scores the one that came

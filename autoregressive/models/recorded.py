@@ -13,19 +13,23 @@ Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], Any]]]
 
 
 class CudaRecorder:
-    """Records as CUDA graphs, which share their memory: no two are played at once."""
+    """Records as CUDA graphs, which share their memory: no two are played at once.
 
-    def __init__(self):
-        self.pool = None
+    Args:
+        device: where.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.pool = device, None
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Any]]:
         """Record a step and play it once.
 
         Returns:
-            Its result, which each time that it is played writes anew, and what plays it.
+            Its result, which lasts until the next step is played, and what plays it.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
             result = step()
         self.pool = self.pool or graph.pool()
         graph.replay()
@@ -53,16 +57,17 @@ class RecordedSteps:
             raise ValueError(f"decode steps are recorded as CUDA graphs, and the model is on the device {device}")
         if not kv.fixed:
             raise ValueError("steps can be recorded of a fixed cache alone: make it by new_cache(..., fixed=True)")
-        self.model, self.kv, self._record = model, kv, recorder or CudaRecorder()
+        self.model, self.kv, self._record = model, kv, recorder or CudaRecorder(device)
         self._steps: dict[tuple, _Step | None] = {}
 
     def __call__(self, *, idx: Tensor, input_pos: Tensor, cache: KVCache) -> tuple[Tensor, None]:
-        """As the model's, for one image token. The logits are overwritten by the next step of the same phase."""
+        """As the model's, for one image token. The logits last until the next step."""
         if cache is not self.kv:
             raise ValueError("these steps were recorded for another cache")
         phase = cache.phase()
-        if phase is None or phase not in self._steps:
-            self._steps |= {} if phase is None else {phase: None}
+        if phase not in self._steps:
+            if phase is not None:
+                self._steps[phase] = None
             return self.model(idx=idx, input_pos=input_pos, cache=cache)
         step = self._steps[phase]
         if step is None:

@@ -24,11 +24,13 @@ def filter_top_p(logits: Tensor, top_p: float) -> Tensor:
     if top_p >= 1.0:
         return logits
     probs, vocab = logits.softmax(-1), logits.shape[-1]
+    if logits.device.type != "cpu":
+        return logits.masked_fill(_beyond(logits, probs, top_p), -torch.inf)
     # A token is beyond for sure if even V as likely as it would not have 1 - top_p together. Where the others are few,
     # sorting these alone is faster. (Not on a GPU, where sorting is fast and their number would be waited for.)
     likely = probs >= (1 - top_p) / (2 * vocab)
     counts = likely.sum(-1)
-    if logits.device.type != "cpu" or counts.max() > vocab // 4:
+    if counts.max() > vocab // 4:
         return logits.masked_fill(_beyond(logits, probs, top_p), -torch.inf)
     row, column = likely.nonzero(as_tuple=True)
     place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]

@@ -85,7 +85,9 @@ class ModelOptions:
     )
     compile: bool = option(False, "torch.compile the GPT: slow to start, faster per token")
     cuda_graphs: bool = option(
-        False, "record decode steps as CUDA graphs, which spares the host a launch for each small operation"
+        False,
+        "record decode steps as CUDA graphs, which spares the host a launch for each small operation; cache and graphs "
+        "stay in memory between batches",
     )
     vq_model: str | None = option(None, "tokenizer; default: as the checkpoint says, else VQ-16", metavar="NAME")
     vq_ckpt: str | None = option(None, "weights of the tokenizer", metavar="FILE", path=True)
@@ -354,8 +356,15 @@ class Options:
                 )
         elif sampling.zipar_adaptive:
             raise OptionError("sampling.zipar_adaptive needs sampling.zipar_window, the smallest window")
-        if self.model.cuda_graphs and self.model.compile:
-            raise OptionError("model.cuda_graphs and model.compile don't go together: give one of them")
+        others = {
+            "model.compile": self.model.compile,
+            "sampling.zipar_window": sampling.zipar_window is not None,
+            "sampling.cfg_interval": sampling.cfg_interval > -1,  # rows that go with guidance end all recordings
+            "cache.mode select": self.cache.mode == "select",
+        }
+        if self.model.cuda_graphs and any(others.values()):
+            given = ", ".join(name for name, there in others.items() if there)
+            raise OptionError(f"model.cuda_graphs doesn't go together with {given}: give one of them")
         if not 0 <= sampling.temperature < float("inf"):
             raise OptionError(f"sampling.temperature must be 0 or more, not {sampling.temperature}")
 

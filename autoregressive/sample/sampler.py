@@ -276,10 +276,10 @@ class Sampler:
         """The steps of the last batch with their cache, emptied, if these fit; else new ones."""
         scale, made_for = self.sampling.cfg_scale, (batch, count, masks is None, self.cache)
         rows = 2 if scale > 1.0 else 1
-        if self._made_for == made_for and self._steps.kv.batch == rows * batch:  # no rows left with guidance's end
+        if self._made_for == made_for:
             self._steps.kv.reset(None if masks is None else masks.bool().repeat(rows, 1))
         else:
-            self._steps = None  # its memory goes first
+            self._steps = self._made_for = None  # its memory goes first
             kv = new_cache(self.gpt, batch, count, masks, scale, self.cache, fixed=True)
             self._steps, self._made_for = RecordedSteps(self.gpt, kv), made_for
         return self._steps

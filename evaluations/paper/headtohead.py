@@ -132,6 +132,7 @@ class Experiment:
                 content = json.loads(path.read_text())
                 there = content.pop("identity")
                 found = Cell(**content)
+                found.images["kind"]  # which text cells of older versions lack
             except (ValueError, KeyError, TypeError) as error:
                 raise OptionError(f"{path}: no readable cell ({error!r}); delete it to make it again") from error
             if other := differing(there, identity):
@@ -406,7 +407,7 @@ def show(
     caches, chosen = [None, *(row.cache for row in mine)], broken(mine[-1], names)
     shows = {"caches": caches, "seed": seed, "images": chosen}
     path, before = folder / "broken.png", folder / "table.json"
-    if path.exists() and before.exists() and json.loads(before.read_text()).get("pictures") == shows:
+    if path.exists() and before.exists() and json.loads(before.read_text(encoding="utf-8")).get("pictures") == shows:
         return shows
     print("-- sampling pictures of what breaks first", file=sys.stderr)
     pictures = again(task, caches, seed, images, list(chosen.values()))

@@ -56,7 +56,7 @@ class Sweep:
         self.losses, self._by_row = {}, {}
         for setting in tqdm(wanted, unit=" caches"):
             found = compass.measure(setting.cache, setting.window, setting.cfg_scale)
-            self.losses[setting], self._by_row[setting] = np.array(found["losses"]), np.array(found["by_row"])
+            self.losses[setting], self._by_row[setting] = np.array(found["losses"]), found.get("by_row")
 
     def more(self, setting: Setting, than: Setting | None = None) -> tuple[float, float]:
         """Mean and standard error over images of the loss less another's; None: the dense cache's."""
@@ -64,8 +64,14 @@ class Sweep:
         return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
 
     def by_row(self, setting: Setting) -> np.ndarray:
-        """The loss less the dense cache's of each row of tokens, from the top, over all images."""
-        return self._by_row[setting] - self._by_row[Setting(CacheConfig("full"))]
+        """The loss less the dense cache's of each row of tokens, from the top, over all images.
+
+        Raises OptionError for results that don't tell it.
+        """
+        mine, dense = self._by_row[setting], self._by_row[Setting(CacheConfig("full"))]
+        if mine is None or dense is None:
+            raise OptionError(f"{self.compass.folder}: has losses without rows, by an older version; delete them")
+        return np.array(mine) - np.array(dense)
 
     def told(self, setting: Setting, than: Setting | None = None) -> str:
         """In thousandths of a nat."""

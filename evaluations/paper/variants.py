@@ -34,9 +34,9 @@ class OfPrevious(AdsaOf):
     name = "adsa_previous"
 
     def others(self, layer, unit: Tensor) -> Tensor:
-        last = layer.count - layer.local  # in mode "select" the newest is cached already
+        last = layer.clock - layer.local  # in mode "select" the newest is cached already
         counts = layer.arrivals <= (last - 1 if layer.selects else last)
-        counts[..., : layer.prefix] = False
+        counts[..., : layer.prefix].fill_(False)
         return (unit * counts.unsqueeze(-1)).sum(2)
 
 

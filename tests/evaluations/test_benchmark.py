@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from adsa import CacheConfig
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
+from autoregressive.models.recorded import RecordedSteps
 from evaluations import benchmark, decoders
 from evaluations.decoders import HF, Decoder, HFModel, Stepper, Upstream
+from tests.tape import recorder
 
 TOKENS = 36
 SHAPE = {"dim": 16, "n_layer": 2, "n_head": 2, "multiple_of": 16, "vocab_size": 64, "num_classes": 5}
@@ -98,9 +101,40 @@ def test_summary():
     assert found["whole_image"] == pytest.approx(
         {"seconds": 4.0, "step_ms": 40.0, "tokens_per_second": 50.0, "images_per_second": 0.5}
     )
+    both = benchmark.summary(mine, mine, {"bytes_per_second": 1e9, "flops_per_second": 1e9}, 100)
+    assert both["whole_image"]["against"] == {"base": "dense", "median": 1.0, "min": 1.0, "max": 1.0}
     slow = benchmark.summary(mine, None, {"bytes_per_second": 1e9, "flops_per_second": 1e8}, 100)
     assert (slow["limit_ms"], slow["limited_by"]) == (pytest.approx(10.0), "arithmetic")
     assert "against" not in slow
+
+
+def test_like_is_told_against_like():
+    rows = [{"cache": name} for name in ("hf-dynamic", "dense", "dense graphs", "adsa-8 graphs", "adsa-8")]
+    bases = [benchmark.base_of(row, rows)["cache"] for row in rows]
+    assert bases == ["dense", "dense", "dense graphs", "dense graphs", "dense"]
+    assert benchmark.base_of(rows[3], rows[3:]) is None
+
+
+def test_recorded_steps(model, monkeypatch):
+    """On tapes: what is timed is played, and nothing recorded meanwhile, in the last steps and in a whole image."""
+    args = ["--cuda-graphs", "--tokens", str(TOKENS), "--steps", "8", "--whole-image", "--caches"]
+    args = benchmark.arguments([*args, "dense", "adsa-12", "adsa-20-renew4"])
+    tapes, timed = [], []
+    monkeypatch.setattr(decoders, "RecordedSteps", partial(RecordedSteps, recorder=recorder(tapes)))
+    monkeypatch.setattr(decoders.Clock, "seconds", lambda clock: timed.append(len(tapes)) or [1.0] * 8)
+    for decoder in benchmark.decoders(model, args):
+        if not decoder.records:
+            continue
+        tapes.clear()
+        timed.clear()
+        turn = benchmark.take_turn(decoder, model, 2, args, torch.device("cpu"))
+        *_, warm, steps, image = timed
+        assert warm == steps > 0 and image > steps
+        assert len(turn["seconds"]) == 8 and turn["kv_bytes"] > 0 and not decoder.splits
+        kv = decoder.new_cache(4, TOKENS)
+        decoders.time_image(decoder, kv, 2, True, TOKENS)
+        before = len(tapes)
+        assert before == timed[-1] and kv.layers[0].count == TOKENS - 1
 
 
 def test_turns_alternate():
@@ -126,7 +160,8 @@ def test_under_transformers(tiny, tmp_path):
         assert found["against"]["base"] == "hf-dynamic"
         trace = json.loads((tmp_path / f"trace-{name}-2.json").read_text())
         assert any("scaled_dot_product" in event["name"] for event in trace["traceEvents"])
-    assert "/ hf-dynamic (min to max)" in (tmp_path / "table.md").read_text()
+    assert "ratios, of median step times or of whole batches, to hf-dynamic." in (tmp_path / "table.md").read_text()
+    assert rows["hf-dynamic"]["whole_image"]["against"]["max"] == 1
 
 
 def test_several_rows_at_once(tiny, tmp_path):
@@ -138,7 +173,7 @@ def test_several_rows_at_once(tiny, tmp_path):
         turn, found = row["turns"]["1"], row["summary"]
         assert turn["steps"] == len(turn["seconds"]) == 6 + 4 * window + 6 - 1
         assert found["whole_image"]["step_ms"] == pytest.approx(1000 * found["whole_image"]["seconds"] / turn["steps"])
-        assert "limit_ms" not in found and found["against"]["median"] > 0
+        assert "limit_ms" not in found and "against" not in found and found["whole_image"]["against"]["median"] > 0
     assert two["summary"]["kv_bytes"] > three["summary"]["kv_bytes"]
     assert "| 2 | adsa-24-zipar3 |" in (tmp_path / "table.md").read_text()
 
@@ -247,6 +282,8 @@ def test_cache_names():
         ),
         (["--hf", "h2o-12"], "--hf h2o-12: cache policy 'h2o'"),
         (["--hf", "statics"], "'statics' is neither"),
+        (["--hf", "adsa-12-zipar2"], "--hf adsa-12-zipar2: transformers decodes one token after the other"),
+        (["--cuda-graphs"], "torch sees no GPU"),
         (["--caches"], "nothing to time"),
         (["--caches", "dense-zipar6"], "dense-zipar6: the window must be 1 to 5"),
         (["--caches", "adsa-6-zipar1"], "adsa-6-zipar1: cache budget 6 is too small"),

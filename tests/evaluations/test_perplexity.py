@@ -10,6 +10,7 @@ import torch
 from adsa import CacheConfig
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.sample.options import OptionError
+from evaluations import perplexity
 from evaluations.perplexity import cache_name, main, parse_cache, token_losses
 from tests.autoregressive.sample.conftest import CLASSES, tiny  # noqa: F401
 from tests.golden import fill_weights
@@ -85,6 +86,16 @@ def test_the_script_measures_what_is_missing(arguments, tmp_path, capsys):
         (cells / "full.json").write_text(damaged)
         with pytest.raises(OptionError, match=r"full\.json: no readable result .*; delete it"):
             main([*arguments, "--images", "5"])
+
+
+def test_losses_by_row(arguments, tmp_path, monkeypatch):
+    made = torch.arange(36.0).expand(7, -1) + torch.arange(7.0)[:, None]
+    batches = iter(made.split(4))
+    monkeypatch.setattr(perplexity, "token_losses", lambda *args, **kwargs: next(batches))
+    main([*arguments, "--batch-size", "4"])
+    found = json.loads((tmp_path / "out" / "cells" / "full.json").read_text())
+    assert found["by_row"] == [2.5 + 3, 8.5 + 3, 14.5 + 3, 20.5 + 3, 26.5 + 3, 32.5 + 3]
+    assert found["losses"] == [17.5 + image for image in range(7)]
 
 
 def test_a_quantised_model_is_another(arguments, tmp_path):

@@ -66,6 +66,30 @@ def test_played_steps_make_the_same_tokens(model, name):
     assert 0 < len(tapes) < 20
 
 
+def test_a_cache_in_other_memory_is_not_played(model):
+    """As many rows as before, but they lie elsewhere."""
+    tapes = []
+    steps = RecordedSteps(model, new_cache(model, 2, SIDE**2, conditions(model, 0)[1], fixed=True), recorder(tapes))
+    cond, masks = conditions(model, 0)
+    with torch.no_grad():
+        model(cond_idx=cond, cache=steps.kv)
+        token = torch.tensor([[3], [4]])
+        for position in range(6):
+            if position == 4:
+                steps.kv.keep_rows(2)
+            pos = torch.tensor([model.config.cls_token_num + position])
+            logits = steps(idx=token, input_pos=pos, cache=steps.kv)[0]
+    known = token.expand(-1, 6)
+    masks = None if masks is None else masks.bool()
+    kv = model.new_cache(CacheConfig("full"), 2, SIDE**2, masks)
+    with torch.no_grad():
+        model(cond_idx=cond, cache=kv)
+        for position in range(6):
+            pos = torch.tensor([model.config.cls_token_num + position])
+            expected = model(idx=known[:, position : position + 1], input_pos=pos, cache=kv)[0]
+    torch.testing.assert_close(logits, expected)
+
+
 def test_guidance_may_end(model):
     tapes = []
     cond, masks = conditions(model, 0)
@@ -80,8 +104,9 @@ def test_refusals(model):
         RecordedSteps(model, kv)
     with pytest.raises(ValueError, match="of a fixed cache alone"):
         RecordedSteps(model, kv, recorder([]))
-    with pytest.raises(ValueError, match='not for mode "select"'):
-        new_cache(model, 1, SIDE**2, cache=CacheConfig("adsa", 70, mode="select"), fixed=True)
+    for budget in (70, SIDE**2):
+        with pytest.raises(ValueError, match='not for mode "select"'):
+            new_cache(model, 1, SIDE**2, cache=CacheConfig("adsa", budget, mode="select"), fixed=True)
     with pytest.raises(ValueError, match="a fixed cache is for raster order"):
         new_cache(model, 1, SIDE**2, zipar_window=4, fixed=True)
     steps = RecordedSteps(model, new_cache(model, 1, SIDE**2, fixed=True), recorder([]))

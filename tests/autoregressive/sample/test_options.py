@@ -90,7 +90,11 @@ def test_base_is_overridden_key_by_key(config, tmp_path):
         ("sampling: {zipar_window: 0}", "sampling.zipar_window must be at least 1"),
         ("sampling: {zipar_adaptive: true}", "sampling.zipar_adaptive needs sampling.zipar_window"),
         ("sampling: {zipar_window: 2}\nmodel: {compile: true}", "don't go together"),
-        ("model: {compile: true, cuda_graphs: true}", "don't go together"),
+        ("model: {compile: true, cuda_graphs: true}", "cuda_graphs doesn't go together with model.compile: give"),
+        (
+            "model: {cuda_graphs: true}\nsampling: {cfg_interval: 9}\ncache: {policy: adsa, budget: 9, mode: select}",
+            "doesn't go together with sampling.cfg_interval, cache.mode select",
+        ),
         ("run: {num_fid_samples: 0}", "run.num_fid_samples must be at least 1, not 0"),
         ("run: {class_labels: []}", "run.class_labels names no class"),
         ("run: {seed: -1}", "run.seed must be 0 to 2^63 - 1, not -1"),
