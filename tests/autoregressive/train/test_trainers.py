@@ -170,7 +170,7 @@ def test_gpt_resume_is_exact(codes, vq_ckpt, tmp_path, monkeypatch, optimizer):
 
 
 def test_signals_reach_workers_and_do_no_harm(codes, tmp_path, monkeypatch):
-    """A terminal's Ctrl-C and torchrun's end are for all processes of a group, and come before workers are ready too."""
+    """A terminal's Ctrl-C and torchrun's end are for all processes of a group, and may come at any time."""
     monkeypatch.setattr(training, "_ignore_signals", lambda worker: None)
     seed = training.seed_step
 
