@@ -5,6 +5,7 @@ See --help. What is timed is in decoders.py.
 
 import argparse
 import copy
+import gc
 import json
 import math
 import re
@@ -588,6 +589,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         limits = machine_limits(device, dtype)
         model = build_model(args, device, dtype)
         sides = decoders(model, args)
+        gc.freeze()  # collecting before each turn need not look at all that is imported
         settings = {name: value for name, value in vars(args).items() if name not in ("command", "output")}
         record: dict[str, Any] = {
             "command": args.command,

@@ -320,7 +320,7 @@ def _swap(ballot):
         (lambda ballot: ballot.update(extra=1), "not a ballot: expected .*got .*extra"),
         (lambda ballot: ballot.update(synthetic="yes"), "synthetic is 'yes'"),
         (lambda ballot: ballot.update(rater="../r1"), "rater '../r1'"),
-        (lambda ballot: ballot.update(rater="r2"), "answer 1 is about the pictures .* where rater r2 saw"),
+        (lambda ballot: ballot.update(rater="r2"), r"answer [1-9] is about the pictures .* where rater r2 saw"),
         (lambda ballot: ballot["answers"].append(ballot["answers"][0]), "a list of up to 27 answers"),
         (lambda ballot: ballot["answers"].__setitem__(1, None), "answer 2: expected left, right, .* got None"),
         (lambda ballot: ballot["answers"][3].update(match="both"), "answer 4: match is 'both'"),
