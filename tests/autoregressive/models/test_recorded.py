@@ -1,6 +1,6 @@
 """Steps that are recorded and played make the tokens of steps that run.
 
-On tapes, which stand for CUDA graphs.
+On tapes, which stand for CUDA graphs; and where there is a GPU, on these as well.
 """
 
 import pytest
@@ -19,18 +19,30 @@ SHAPE = {"dim": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "block_size": SID
 TEXT = {"model_type": "t2i", "caption_dim": 6, "cls_token_num": 4}
 
 
-@pytest.fixture(scope="module", params=["c2i", "t2i"])
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+
+
+@pytest.fixture(scope="module", params=[f"{kind} {device}" for device in DEVICES for kind in ("c2i", "t2i")])
 def model(request):
-    args = SHAPE | (TEXT if request.param == "t2i" else {"num_classes": 5})
-    return fill_weights(Transformer(ModelArgs(**args)), 1).double().eval()
+    kind, device = request.param.split()
+    args = SHAPE | (TEXT if kind == "t2i" else {"num_classes": 5})
+    return fill_weights(Transformer(ModelArgs(**args)), 1).double().eval().to(device)
+
+
+def device_of(model):
+    return model.output.weight.device
 
 
 def conditions(model, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), device_of(model)
     if model.config.model_type == "c2i":
-        return torch.randint(5, (2,), generator=generator), None
+        return torch.randint(5, (2,), generator=generator).to(device), None
     masks = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]] if seed else [[0, 0, 0, 1], [0, 1, 1, 1]])
-    return torch.randn(2, 4, 6, generator=generator, dtype=torch.float64), masks
+    return torch.randn(2, 4, 6, generator=generator, dtype=torch.float64).to(device), masks.to(device)
+
+
+def recorded(model, kv, tapes):
+    return RecordedSteps(model, kv, recorder(tapes) if device_of(model).type == "cpu" else None)
 
 
 CACHES = {
@@ -51,7 +63,7 @@ def test_played_steps_make_the_same_tokens(model, name):
     tapes, cache = [], CACHES[name]
     masks = conditions(model, 0)[1]
     kv = new_cache(model, 2, SIDE**2, masks, 2.0, cache, fixed=True)
-    steps = RecordedSteps(model, kv, recorder(tapes))
+    steps = recorded(model, kv, tapes)
     memory = [tensor.data_ptr() for tensor in kv.tensors()]
     for seed in (0, 1):
         cond, masks = conditions(model, seed)
@@ -63,42 +75,36 @@ def test_played_steps_make_the_same_tokens(model, name):
         assert found.equal(expected) and found.unique().numel() > 10
     assert [tensor.data_ptr() for tensor in kv.tensors()] == memory
     assert kv.layers[1].count == kv.layers[0].slots.clock == SIDE**2 - 1
-    assert 0 < len(tapes) < 20
+    assert device_of(model).type == "cuda" or 0 < len(tapes) < 20
 
 
 def test_a_cache_in_other_memory_is_not_played(model):
     """As many rows as before, but they lie elsewhere."""
-    tapes = []
-    steps = RecordedSteps(model, new_cache(model, 2, SIDE**2, conditions(model, 0)[1], fixed=True), recorder(tapes))
     cond, masks = conditions(model, 0)
+    token = torch.tensor([[3], [4]], device=cond.device)
+    fixed, plain = (new_cache(model, 2, SIDE**2, masks, fixed=fixed) for fixed in (True, False))
+    steps = recorded(model, fixed, [])
     with torch.no_grad():
-        model(cond_idx=cond, cache=steps.kv)
-        token = torch.tensor([[3], [4]])
-        for position in range(6):
-            if position == 4:
-                steps.kv.keep_rows(2)
-            pos = torch.tensor([model.config.cls_token_num + position])
-            logits = steps(idx=token, input_pos=pos, cache=steps.kv)[0]
-    known = token.expand(-1, 6)
-    masks = None if masks is None else masks.bool()
-    kv = model.new_cache(CacheConfig("full"), 2, SIDE**2, masks)
-    with torch.no_grad():
-        model(cond_idx=cond, cache=kv)
-        for position in range(6):
-            pos = torch.tensor([model.config.cls_token_num + position])
-            expected = model(idx=known[:, position : position + 1], input_pos=pos, cache=kv)[0]
-    torch.testing.assert_close(logits, expected)
+        for kv, step in ((fixed, steps), (plain, model)):
+            model(cond_idx=cond, cache=kv)
+            for position in range(model.config.cls_token_num, model.config.cls_token_num + 6):
+                if position == model.config.cls_token_num + 4:
+                    kv.keep_rows(2)
+                found = step(idx=token, input_pos=torch.tensor([position], device=cond.device), cache=kv)[0].clone()
+                if kv is fixed:
+                    played = found
+    torch.testing.assert_close(played, found)
 
 
 def test_guidance_may_end(model):
-    tapes = []
     cond, masks = conditions(model, 0)
     cache, rest = CacheConfig("adsa", 70), {"cfg_scale": 2.0, "cfg_interval": 30, "seeds": torch.tensor([1, 2])}
-    steps = RecordedSteps(model, new_cache(model, 2, 144, masks, 2.0, cache, fixed=True), recorder(tapes))
+    steps = recorded(model, new_cache(model, 2, 144, masks, 2.0, cache, fixed=True), [])
     assert generate(model, cond, 144, steps=steps, **rest).equal(generate(model, cond, 144, masks, cache=cache, **rest))
 
 
-def test_refusals(model):
+def test_refusals():
+    model = Transformer(ModelArgs(**SHAPE, num_classes=5)).eval()
     kv = new_cache(model, 1, SIDE**2)
     with pytest.raises(ValueError, match="as CUDA graphs, and the model is on the device cpu"):
         RecordedSteps(model, kv)
@@ -111,4 +117,4 @@ def test_refusals(model):
         new_cache(model, 1, SIDE**2, zipar_window=4, fixed=True)
     steps = RecordedSteps(model, new_cache(model, 1, SIDE**2, fixed=True), recorder([]))
     with pytest.raises(ValueError, match="give no kv beside them"):
-        generate(model, conditions(model, 0)[0][:1], SIDE**2, kv=kv, steps=steps)
+        generate(model, torch.tensor([0]), SIDE**2, kv=kv, steps=steps)
