@@ -95,11 +95,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     told = "weights of int8 under the --caches; dense without them comes as well, to be compared with"
     add("--quantize", choices=("int8",), help=told)
     add("--compile", action=switch, default=False, help="torch.compile the models; a first round is not timed")
-    add(
-        "--cuda-graphs",
-        action="store_true",
-        help="each of --caches also by CUDA graphs; for whole images, a second one",
-    )
+    add("--cuda-graphs", action="store_true", help="each of --caches but ZipAR's also by CUDA graphs, recorded before")
     add("--repeats", type=positive, default=3, metavar="N", help="rounds (%(default)s)")
     add("--steps", type=at_least_two, default=40, metavar="N", help="timed steps of each turn (%(default)s)")
     add("--whole-image", action=switch, default=False, help="time whole decodes as well, one in each turn")
@@ -322,9 +318,8 @@ def take_turn(
             "beyond_weights_bytes": peak - before,
         }
     forward = RecordedSteps(decoder.model, kv) if decoder.records else decoder.model
-    for untimed in (
-        (True, True, False) if decoder.records else (False,)
-    ):  # a kind of step is recorded when it comes again
+    # A kind of step is recorded when it comes again, so that all are once there have been two turns.
+    for untimed in (True, True, False) if decoder.records else (False,):
         decoder.fill(kv, first_timed(args))
         forget(device)  # what filling took
         stepper = Stepper(decoder, kv, images, guided, first_timed(args), forward)

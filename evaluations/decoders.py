@@ -15,13 +15,11 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
 from adsa import CacheConfig, KVCache
-from adsa.hf import ADSACache
 from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.recorded import RecordedSteps
@@ -193,14 +191,14 @@ class HFCache:
 
     def kv_nbytes(self) -> int:
         """Bytes of keys and values; 0 before the first token, as transformers allocates then."""
-        if isinstance(self.past, ADSACache):
+        if hasattr(self.past, "kv_nbytes"):  # an ADSACache
             return self.past.kv_nbytes()
         tensors = [t for layer in self.past.layers for t in (layer.keys, layer.values) if t is not None]
         return sum(tensor.nbytes for tensor in tensors)
 
     def nbytes(self) -> int:
         """Bytes of all that it holds."""
-        return self.past.nbytes() if isinstance(self.past, ADSACache) else self.kv_nbytes()
+        return self.past.nbytes() if hasattr(self.past, "nbytes") else self.kv_nbytes()
 
 
 class HFModel:
@@ -211,6 +209,8 @@ class HFModel:
     """
 
     def __init__(self, model: Transformer):
+        import transformers  # slow to import
+
         args = self.config = model.config
         self.training, self.null_condition, self.tok_embeddings = False, model.null_condition, model.tok_embeddings
         config = transformers.LlamaConfig(
@@ -297,6 +297,10 @@ class HF(Decoder):
 
     def new_cache(self, rows: int, tokens: int) -> HFCache:
         """Raises ValueError for a policy that needs attention of its own."""
+        import transformers
+
+        from adsa.hf import ADSACache
+
         config, condition = self.model.llama.config, self.model.config.cls_token_num
         if self.cache == "static":
             past = transformers.StaticCache(config=config, max_cache_len=condition + tokens)
