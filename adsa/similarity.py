@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from adsa.fused import fused
 from adsa.storage import ALL
 
 # Scores that differ by less than this are ties. Equal features must tie, whatever the order of summation did to their
@@ -46,11 +47,12 @@ class RunningSimilarity:
     Attributes:
         total: ``[B, H, D]``, the sum U of unit vectors.
         inverse_norm: ``[B, G, N]``, 1 / |v_i|, with G = 1 if joint else H.
+        fused: whether a kernel computes the scores.
     """
 
     def __init__(self, batch, heads, slots, head_dim, *, joint: bool, dtype: torch.dtype, device):
         wide = torch.promote_types(dtype, torch.float32)
-        self.joint = joint
+        self.joint, self.fused = joint, fused(torch.device(device), wide)
         self.total = torch.zeros(batch, heads, head_dim, dtype=wide, device=device)
         self.inverse_norm = torch.zeros(batch, 1 if joint else heads, slots, dtype=wide, device=device)
 
@@ -84,12 +86,15 @@ class RunningSimilarity:
         Returns:
             ``[B, G, N]`` in the dtype of the sums, rounded so that equal features have equal scores.
         """
-        count = v.shape[2]
+        count, tie = v.shape[2], TIE.get(v.dtype, TIE_SINGLE)
+        if self.fused and not torch.compiler.is_compiling():
+            from adsa import kernels  # needs Triton
+
+            return kernels.similarity(v, self.total[rows], self.inverse_norm[rows], tie)
         # In half precision a product is rounded to 8 or 11 bits, too few to rank by, and may overflow.
         dots = (self.total[rows].unsqueeze(2) @ v.to(self.total.dtype).mT).squeeze(2)
         if self.joint:
             dots = dots.sum(1, keepdim=True)
-        tie = TIE.get(v.dtype, TIE_SINGLE)
         return dots.mul_(self.inverse_norm[rows, :, :count]).mul_(1 / (count * tie)).round_().mul_(tie)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adsa.attention import AttentionRecord
 from adsa.config import CacheConfig
+from adsa.fused import fused
 from adsa.order import Order
 from adsa.queries import QueryRecord
 from adsa.similarity import RunningSimilarity
@@ -168,6 +169,7 @@ class Slots:
             self._check_order(order)
         self.fixed, self._target, self._empty = fixed, None, None
         self._memory = 0  # how often tensors were replaced
+        self.fused = order is None and fused(self.device, dtype)  # whether a kernel ranks
         if fixed:
             self._target = torch.zeros(rows, self.groups, 1, dtype=torch.int64, device=device)
         if self.evicts or order is not None:
@@ -399,7 +401,8 @@ class Slots:
     def similarities(self) -> Tensor:
         """s_i (Eq. 3) of what the policy compares, ``[R, G, N]``."""
         first, end, store = self.condition_slots, self.condition_slots + self.filled, self._featured
-        as_is = store.dtype == self.similarity.total.dtype and self.config.dtype not in CODECS
+        whole = store.dtype == self.similarity.total.dtype or self.similarity.fused
+        as_is = whole and self.config.dtype not in CODECS
         heads, dim = self.similarity.total.shape[1:]
         parts = self.chunks(heads * self.filled * (1 if as_is else dim))
         return torch.cat([self.similarity.score(store.read(first, end, rows), rows) for rows in parts])
@@ -437,7 +440,14 @@ class Slots:
 
     def _least(self, score: Tensor, rows: slice) -> Tensor:
         """Of these rows the slots that may leave, the least worthy first: ``[rows, G, as many as are ranked]``."""
-        ranks = _ranks(score[rows], self.arrivals[rows]).add_(self.staying(rows), alpha=_NEVER)
+        if self.fused and score.dtype == torch.float32 and not torch.compiler.is_compiling():
+            from adsa import kernels  # needs Triton
+
+            numbers = {"largest": _LARGEST, "fraction": _FRACTION, "bits": ARRIVAL_BITS, "never": _NEVER}
+            stay = {"prefix": self.prefix, "local": self.local}
+            ranks = kernels.ranks(score[rows], self.arrivals[rows], self._number, **stay, **numbers)
+        else:
+            ranks = _ranks(score[rows], self.arrivals[rows]).add_(self.staying(rows), alpha=_NEVER)
         if self._ranking is None:
             return ranks.argmin(-1, keepdim=True)
         return ranks.topk(self.ranked, largest=False, sorted=True).indices

@@ -1,6 +1,12 @@
 """For all tests."""
 
 import gc
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton, which then interprets its kernels on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_finish(session):

@@ -4,6 +4,7 @@ A sequence is ``cls_token_num`` condition tokens (1 class token, or 120 text tok
 tokens in raster order. There is no other position embedding than 2-D RoPE, and no BOS: the condition plays that part.
 """
 
+import types
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adsa import KVCache, LayerCache, Order
+from adsa.fused import fused
 from autoregressive.models.pretrained import Pretrained
 from autoregressive.models.rope import apply_rope, rope_table
 
@@ -156,6 +158,15 @@ class CaptionEmbedder(nn.Module):
         return self.cap_proj(caption)
 
 
+def kernels_for(x: Tensor) -> types.ModuleType | None:
+    """:mod:`autoregressive.models.kernels`, if they are for such a tensor; else PyTorch's operations have to do."""
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or not fused(x.device, x.dtype):
+        return None
+    from autoregressive.models import kernels  # needs Triton
+
+    return kernels
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -163,6 +174,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if (kernels := kernels_for(x)) is not None and self.weight.dtype == x.dtype:
+            return kernels.rms_norm(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return wide.to(x.dtype) * self.weight
@@ -179,7 +192,9 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(args.ffn_dropout_p)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        gate, up = self.w1(x), self.w3(x)
+        kernels = kernels_for(gate)
+        return self.dropout(self.w2(F.silu(gate) * up if kernels is None else kernels.swiglu(gate, up)))
 
 
 class Attention(nn.Module):
@@ -194,9 +209,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """``[B, S, dim]`` -> the same; without a cache causal, or by ``mask``; with one, as the cache decides."""
-        q, k, v = self.wqkv(x).split([heads * self.head_dim for heads in self.heads], dim=-1)
-        q, k, v = (t.unflatten(-1, (heads, self.head_dim)) for t, heads in zip((q, k, v), self.heads, strict=True))
-        q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, table), apply_rope(k, table), v))  # [B, H, S, D]
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        qk, v = qkv.split([sum(self.heads[:2]), self.heads[2]], dim=2)
+        kernels = kernels_for(qk)
+        qk = apply_rope(qk, table) if kernels is None else kernels.rope(qk, table)
+        q, k = qk.split(self.heads[:2], dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, S, D]
         if cache is not None:
             out = cache.attend(q, k, v)
         else:

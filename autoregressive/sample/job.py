@@ -53,6 +53,8 @@ def start_processes(cpu: bool = False) -> PartialState:
     elif local > torch.cuda.device_count():
         gpus = torch.cuda.device_count()
         raise OptionError(f"{local} processes on a machine with {gpus} GPUs: start one for each GPU, or give --cpu")
+    # cuDNN's attention plans anew for each length, which takes seconds, and a cache grows token by token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # Processes meet at the start and at the end, and one may have much more to do than another.
     return PartialState(cpu=cpu, timeout=timedelta(days=30))
 

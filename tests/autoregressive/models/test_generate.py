@@ -175,6 +175,21 @@ def test_compiled_equals_eager_without_recompiling_every_step(model, cache):
     assert counter.frame_count <= first + 1
 
 
+def test_no_kernel_comes_between_what_is_compiled(model, monkeypatch):
+    """Nor does looking for one."""
+    for name in ("adsa.slots.fused", "adsa.similarity.fused"):
+        monkeypatch.setattr(name, lambda *_: True)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = fill_weights(Transformer(model.config), 7)
+    compiled.forward = torch.compile(compiled.forward, backend=counter)
+    rest = {"cfg_scale": 2.0, "cache": CACHES["adsa"], "seeds": torch.tensor([1, 2])}
+    tokens = generate(compiled, torch.tensor([1, 5]), TOKENS, **rest)
+    assert 2 <= counter.frame_count <= 8
+    monkeypatch.undo()
+    assert tokens.equal(generate(model, torch.tensor([1, 5]), TOKENS, **rest))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
