@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 ALL = slice(None)
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 class Codec(Protocol):
@@ -106,7 +107,12 @@ class Storage:
     def put(self, slot: Tensor, x: Tensor, rows: slice = ALL) -> None:
         """Into one slot of each of these rows and head. ``slot``: int64 ``[B, 1 or H, 1]``; ``x``: ``[B, H, 1, D]``."""
         for part, new in zip(self.parts, self.codec.encode(x.to(self.dtype)), strict=True):
-            part[rows].scatter_(2, slot.unsqueeze(-1).expand_as(new), new)
+            part = part[rows]
+            if part.is_cpu and part.dtype in _HALVES:  # scatter_ takes as long there as a copy of the whole
+                row, head = (torch.arange(count) for count in part.shape[:2])
+                part[row.unsqueeze(1), head, slot.squeeze(-1)] = new.squeeze(2)
+            else:
+                part.scatter_(2, slot.unsqueeze(-1).expand_as(new), new)
 
     def read(self, first: int, end: int, rows: slice = ALL) -> Tensor:
         """Slots ``first`` to before ``end``, ``[B, H, end - first, D]``; a view, where that is possible."""

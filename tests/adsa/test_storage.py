@@ -1,11 +1,11 @@
-"""Keys and values as integers: how far off they may be, and that a cache of them is that of what they stand for."""
+"""Writing keys and values; and as integers: how far off they may be, and that a cache holds what they stand for."""
 
 import pytest
 import torch
 
 from adsa import CacheConfig
 from adsa.policies import POLICIES
-from adsa.storage import CODECS, Storage
+from adsa.storage import CODECS, Plain, Storage
 
 from .test_cache import WAYS, B, D, H, config, layer, run, stream
 
@@ -104,3 +104,18 @@ def test_memory_of_a_cache(policy, name):
     before = {key: tensor.shape for key, tensor in cache.slots.tensors().items()}
     run(cache, *stream(dtype=torch.float32))
     assert {key: tensor.shape for key, tensor in cache.slots.tensors().items()} == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_put_writes_where_each_row_and_head_says(dtype, heads):
+    generator = torch.Generator().manual_seed(0)
+    store = Storage(Plain(), (4, 3, 5, 2), dtype, "cpu")
+    slot = torch.randint(5, (2, heads, 1), generator=generator)
+    new = torch.randn(2, 3, 1, 2, generator=generator).to(dtype)
+    expected = torch.zeros(4, 3, 5, 2, dtype=dtype)
+    for row in range(2):
+        for head in range(3):
+            expected[1 + row, head, slot[row, head % heads, 0]] = new[row, head, 0]
+    store.put(slot, new, slice(1, 3))
+    assert store.parts[0].equal(expected)
