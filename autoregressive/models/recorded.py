@@ -1,4 +1,4 @@
-"""Decode steps that are recorded once and played again: on a GPU as CUDA graphs, one launch in place of a thousand."""
+"""Decode steps that are recorded once and played again: on a GPU as CUDA graphs, one launch in place of hundreds."""
 
 from collections.abc import Callable
 from typing import Any

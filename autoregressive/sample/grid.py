@@ -67,7 +67,7 @@ def sample_grid(
         print(f"sampling: {title}", file=sys.stderr, flush=True)
         whole = options.model.compile or options.model.cuda_graphs  # all graphs are made within one image, or two
         for _ in range(1 + options.model.cuda_graphs):
-            sampler.tokens(cond, seeds, masks, count=blueprint.tokens if whole else 8)
+            sampler.tokens(cond, seeds, masks, count=blueprint.tokens if whole else blueprint.grid)
         sampler.images(torch.zeros(1, blueprint.tokens, dtype=torch.long), size)
         sampler.reset()
         images = sampler.images(sampler.tokens(cond, seeds, masks), size)

@@ -177,6 +177,8 @@ def test_shipped_configs(path):
         assert str(budget) == path.stem.split("adsa")[1]
     elif "dense" in path.stem:
         assert options.cache.policy == "full"
+    elif "fast" in path.stem:
+        assert options.cache.policy == "adsa_plus" and options.sampling.zipar_window
 
 
 def test_grids_show_what_jobs_sample():

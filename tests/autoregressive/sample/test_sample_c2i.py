@@ -47,6 +47,17 @@ def test_compares_caches_on_the_same_noise(models, tmp_path, capsys, monkeypatch
     assert not np.array_equal(left, right)
 
 
+def test_several_rows_at_once(models, tmp_path):
+    grids = []
+    for window in ("6", "5"):  # the tokens of a row are raster order
+        output = tmp_path / f"{window}.png"
+        flags = ["--class-labels", "1", "2", "--output", str(output), "--cache-policy", "adsa", "--cache-budget", "20"]
+        sample_c2i.main([*models, *flags, "--zipar-window", window])
+        with Image.open(output) as image:
+            grids.append(np.asarray(image))
+    assert grids[0].shape == grids[1].shape and not np.array_equal(*grids)
+
+
 def test_quantised(models, tmp_path):
     """In the same precision: other images, but not others altogether."""
     grids = {}
