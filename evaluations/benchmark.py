@@ -506,6 +506,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
     done = [row for row in record["rows"] if row.get("summary")]
@@ -522,12 +523,14 @@ def draw(record: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         axes.set_xticks(sizes, sizes)
         axes.set_xlabel("images in a batch")
         axes.grid(alpha=0.3, which="both")
     left.set(ylabel="step latency, median (ms)", title=f"{record['model']}, {record['settings']['dtype']}")
     right.set(ylabel="images/s", title="whole images" if whole else "if all steps were as the last")
-    left.legend(fontsize=8)
+    right.legend(fontsize=8)
     figure.tight_layout()
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
@@ -579,7 +582,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         cache_config(name, args.tokens if zipar_window(name, args.tokens) else first_timed(args), args.tokens)
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")  # TF32, as sampling does
+    torch.set_float32_matmul_precision("high")  # TF32, and no attention of cuDNN's, as sampling does
+    torch.backends.cuda.enable_cudnn_sdp(False)
     with torch.no_grad():
         limits = machine_limits(device, dtype)
         model = build_model(args, device, dtype)

@@ -59,11 +59,16 @@ class Decoder:
         for layer in kv.layers:
             condition = (*shape[:3], args.cls_token_num, args.head_dim)
             layer.insert_condition(*torch.randn(condition, device=weight.device, dtype=weight.dtype))
-        for _ in range(min(kv.layers[0].slots.capacity, count)):
+        slots = kv.layers[0].slots
+        watched = slots.attention is not None or slots.queries is not None
+        for _ in range(min(slots.capacity, count)):
             for layer in kv.layers:
                 k, v = torch.randn(shape, device=weight.device, dtype=weight.dtype)
-                q = torch.randn(kv.batch, args.n_head, 1, args.head_dim, device=weight.device, dtype=weight.dtype)
-                layer.attend(q, k, v)
+                if watched:  # else nobody looks at what attention would make of it
+                    q = torch.randn(kv.batch, args.n_head, 1, args.head_dim, device=weight.device, dtype=weight.dtype)
+                    layer.attend(q, k, v)
+                else:
+                    layer.update(k, v)
 
     def attended(self, kv: Any, tokens: int, steps: int) -> float:
         """Slots, condition included, that a step attends to: the mean over the last `steps` of `tokens` steps.

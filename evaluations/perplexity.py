@@ -27,6 +27,7 @@ from tqdm import tqdm  # noqa: E402
 from adsa import CacheConfig  # noqa: E402
 from autoregressive.models.generate import logits_of, new_cache  # noqa: E402
 from autoregressive.models.gpt import Transformer  # noqa: E402
+from autoregressive.models.recorded import RecordedSteps  # noqa: E402
 from autoregressive.models.sampling import guide  # noqa: E402
 from autoregressive.models.schedule import Schedule  # noqa: E402
 from autoregressive.sample.job import device_name, guarded, start_processes, versions  # noqa: E402
@@ -70,22 +71,32 @@ def token_losses(
         zipar_window: of a ZipAR schedule; None: raster order.
         cfg_scale: guidance: the loss is that of the guided logits. At 1 there is none.
 
+    On a CUDA device steps are recorded and played (:class:`~autoregressive.models.recorded.RecordedSteps`) where the
+    cache allows it.
+
     Returns:
         ``[B, N]``, nats, at least float32.
     """
     batch, count = tokens.shape
-    kv = new_cache(model, batch, count, emb_masks, cfg_scale, cache, zipar_window)
+    records = _plays(tokens.device) and zipar_window is None and (cache is None or cache.mode == "evict")
+    kv = new_cache(model, batch, count, emb_masks, cfg_scale, cache, zipar_window, fixed=records)
+    steps = RecordedSteps(model, kv) if records else None
     schedule = Schedule(count, model.config.grid_size, zipar_window)
     guided = cfg_scale > 1.0
     if guided:
         cond = torch.cat([cond, model.null_condition(cond)])
     wide = torch.promote_types(model.tok_embeddings.weight.dtype, torch.float32)
     losses = torch.empty(batch, count, dtype=wide, device=tokens.device)
-    for logits, step in logits_of(model, cond, kv, schedule, tokens):
+    for logits, step in logits_of(model, cond, kv, schedule, tokens, steps=steps):
         logits = guide(logits, cfg_scale) if guided else logits
         for index, position in enumerate(step.draws):
             losses[:, position] = F.cross_entropy(logits[:, index], tokens[:, position], reduction="none")
     return losses
+
+
+def _plays(device: torch.device) -> bool:
+    """Whether steps can be recorded there."""
+    return device.type == "cuda"
 
 
 def open_data(options: Options, blueprint: Blueprint, codes: Path, text: Path | None) -> CodeDataset:

@@ -59,9 +59,9 @@ class, CLIP score by text), and with the dense images of the same noise (cosine 
 that are the same). Beside it, where the protocol names codes of real images: how much worse the model predicts these.
 And which classes or prompts change most at the smallest budget, with pictures.
 
-Each cache and seed is a cell: cells/*.json in the output folder, from which table.md, table.json and the plots are
-made. A cell that is there is not made again, and needs no images any more. Cells of other policies, budgets and seeds
-than the flags name stay, and are left out."""
+Each cache and seed is a cell: cells/*.json in the output folder, or in that of another table (--cells), from which
+table.md, table.json and the plots are made. A cell that is there is not made again, and needs no images any more. Cells
+of other policies, budgets and seeds than the flags name stay, and are left out."""
 BUDGETS = {"c2i": [384, 256, 192, 128, 96, 64], "t2i": [768, 512, 256, 170]}
 LOSS_IMAGES = 64  # real ones, that are predicted
 DIGITS = 6  # of numbers by image
@@ -126,7 +126,8 @@ class Experiment:
         """
         path = self.folder / f"{cell_name(cache)}-seed{seed}.json"
         identity = identity_of(self.task, cache, seed, self.images)
-        del identity["device"]  # which rounds otherwise, as other batch sizes do; the cell's cost tells it
+        for key in ("device", "model.cuda_graphs"):  # which round otherwise, as other batch sizes do
+            del identity[key]
         if path.exists():
             try:
                 content = json.loads(path.read_text())
@@ -137,7 +138,8 @@ class Experiment:
                 raise OptionError(f"{path}: no readable cell ({error!r}); delete it to make it again") from error
             if other := differing(there, identity):
                 raise OptionError(
-                    f"{path}: made with other {', '.join(sorted(other))}; give another --output, or delete it"
+                    f"{path}: made with other {', '.join(sorted(other))}; give another --output, without --cells, or "
+                    f"delete it"
                 )
             return found
         made = self._make(cache, seed)
@@ -454,9 +456,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="own",
         help="first and newest tokens that always stay: each policy's own numbers (default), or ADSA's for all",
     )
+    told = "the output folder of another table, whose cells/ and loss/ this one shares (default: --output's own)"
+    add("--cells", type=Path, metavar="DIR", help=told)
     args = parser.parse_args(argv)
     if not args.policies and not args.caches:
         parser.error("nothing to compare: give --policies or --caches")
+    if args.cells and not (args.cells / "cells").is_dir():
+        parser.error(f"--cells {args.cells}: no output folder of another table, as it has no folder cells")
     return args
 
 
@@ -474,7 +480,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for keys in (keys_of(parse_cache(text)) for text in args.caches):
         if keys not in caches:
             caches.append(keys)
-    experiment = Experiment(protocol, args.task, images, folder / "cells")
+    store = args.cells or folder
+    experiment = Experiment(protocol, args.task, images, store / "cells")
     wanted = [(cache, seed) for seed in seeds for cache in [None, *caches]]
     cells = {}
     for cache, seed in tqdm(wanted, unit=" cells"):
@@ -483,14 +490,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [Row([cells[cell_name(cache), seed] for seed in seeds], dense, common) for cache in caches]
     sweep = None
     if task.codes is not None:
-        compass = compass_of(task, folder / "loss", images=LOSS_IMAGES, batch=LOSS_IMAGES)
+        compass = compass_of(task, store / "loss", images=LOSS_IMAGES, batch=LOSS_IMAGES)
         sweep = Sweep(compass, [setting_of(cache) for cache in caches])
     draw(rows, args.task, folder / "curves.png")
     draw(rows, args.task, folder / "bytes.png", by_bytes=True)
     names = class_names(task) if isinstance(task, ClassTask) else None
     broke = failures(rows, names)
+    devices = sorted({device for cell in cells.values() for device in cell.cost["devices"]})
     text = [
-        f"Model {protocol.name}, {images} images of each cache and seed, seeds {', '.join(map(str, seeds))}. Likeness: "
+        f"Model {protocol.name}, {images} images of each cache and seed, seeds {', '.join(map(str, seeds))}, "
+        f"sampled on {', '.join(devices)}. Likeness: "
         f"cosine of the features of {protocol.c2i.feature_extractor} with those of the dense image of the same noise. "
         "Intervals are 95 %, over images. Less dense: paired by image. Loss: in nats a token, on real images "
         "that are given token by token, mean +- standard error.",

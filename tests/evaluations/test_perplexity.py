@@ -9,11 +9,13 @@ import torch
 
 from adsa import CacheConfig
 from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.recorded import RecordedSteps
 from autoregressive.sample.options import OptionError
 from evaluations import perplexity
 from evaluations.perplexity import cache_name, main, parse_cache, token_losses
 from tests.autoregressive.sample.conftest import CLASSES, tiny  # noqa: F401
 from tests.golden import fill_weights
+from tests.tape import recorder
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -32,6 +34,26 @@ def test_a_dense_cache_gives_the_loss_of_whole_sequences(text):
     sparse = token_losses(model, tokens, cond, cache=CacheConfig("adsa", 8, 2, 4))
     torch.testing.assert_close(sparse[:, :9], expected[:, :9], atol=1e-10, rtol=0)  # nothing is gone by then
     assert not torch.allclose(sparse[:, 9:], expected[:, 9:], atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("cache", [None, CacheConfig("adsa", 9), CacheConfig("adsa", 9, mode="select")], ids=str)
+def test_played_steps_have_the_same_losses(monkeypatch, cache, text, scale):
+    """On a GPU steps are played, where that can be; here on tapes."""
+    shape = {"dim": 32, "n_layer": 2, "n_head": 4, "block_size": 25, "vocab_size": 24}
+    kind = {"model_type": "t2i", "caption_dim": 6, "cls_token_num": 4} if text else {"num_classes": 5}
+    model = fill_weights(Transformer(ModelArgs(**shape | kind)), 1).double().eval()
+    generator, tapes = torch.Generator().manual_seed(0), []
+    tokens = torch.randint(24, (2, 25), generator=generator)
+    cond = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64) if text else torch.tensor([1, 4])
+    masks = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]) if text else None
+    rest = {"cache": cache, "cfg_scale": scale}
+    expected = token_losses(model, tokens, cond, masks, **rest)
+    monkeypatch.setattr(perplexity, "_plays", lambda device: True)
+    monkeypatch.setattr(perplexity, "RecordedSteps", lambda *args: RecordedSteps(*args, recorder(tapes)))
+    torch.testing.assert_close(token_losses(model, tokens, cond, masks, **rest), expected)
+    assert bool(tapes) == (cache is None or cache.mode == "evict")
 
 
 def test_caches_are_written_and_read():

@@ -96,6 +96,13 @@ def test_other_caches(protocol_file, codes, launched, tmp_path):
         "adsa": 9,
         "full, dtype=int8": 36,
     }
+    # Another table of the same cells.
+    done, other = len(launched), tmp_path / "other"
+    headtohead.main([*flags, "--caches", "adsa-9:prefix=1,local=4", "--cells", str(out), "--output", str(other)])
+    assert len(launched) == done and {file.name for file in other.iterdir()} >= {"table.md", "curves.png"}
+    assert not (other / "cells").exists() and not (other / "loss").exists()
+    with pytest.raises(SystemExit):
+        headtohead.main([*flags, "random", "--cells", str(other)])
     # A split that is not that of all is told; one that is, is not, so that a policy has one curve.
     headtohead.main([*flags, "random", "--budgets", "9", "18", "--split", "common", "--caches", "random-9"])
     found = {row["cache"]["prefix"]: row for row in json.loads((out / "table.json").read_text())["rows"]}
