@@ -39,11 +39,16 @@ class Policy:
     revision: ClassVar[int | None] = None
 
     def split(self, budget: int) -> tuple[int, int]:
-        """The (prefix, local) that this policy takes of a budget where the config names none; the paper names none."""
+        """The (prefix, local) that this policy takes of a budget where the config names none; the paper names none.
+
+        ADSA's were measured (results/sweeps): at 256 of 576 tokens no other split is better by more than its error.
+        """
         return budget // 8, budget // 2
 
     def score(self, layer: "Slots") -> Tensor:
         """Worth of every cached token, higher = keep.
+
+        On a GPU it may be recorded and played: by operations on the device alone, without ``.item()`` and the like.
 
         Args:
             layer: the rows of all layers that choose together in time, R of them, with ``layer.k`` and ``layer.v``
