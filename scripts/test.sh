@@ -9,4 +9,5 @@ setup_env "$root/requirements-dev.txt"
 cd "$root"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # more than one for each core wait for each other most of the time
 "$PYTHON" -m pytest -q --numprocesses auto "$@"
