@@ -17,7 +17,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 
-from autoregressive.sample.job import guarded, start_processes  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
+from autoregressive.sample.job import start_processes  # noqa: E402
 from evaluations.bootstrap import CONFIDENCE, RESAMPLES, mean_interval  # noqa: E402
 from evaluations.clip import embed_images, embed_texts, ready_clip  # noqa: E402
 from evaluations.extractors import EvaluationError, folder_state  # noqa: E402

@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 
-from autoregressive.sample.job import guarded, start_processes  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
+from autoregressive.sample.job import start_processes  # noqa: E402
 from evaluations.extractors import INCEPTION, EvaluationError, load_extractor  # noqa: E402
 from evaluations.features import Features, ImageSet, extract, open_set  # noqa: E402
 from evaluations.flags import add_work_flags, positive  # noqa: E402

@@ -30,7 +30,8 @@ from autoregressive.models.gpt import Transformer  # noqa: E402
 from autoregressive.models.recorded import RecordedSteps  # noqa: E402
 from autoregressive.models.sampling import guide  # noqa: E402
 from autoregressive.models.schedule import Schedule  # noqa: E402
-from autoregressive.sample.job import device_name, guarded, start_processes, versions  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
+from autoregressive.sample.job import device_name, start_processes, versions  # noqa: E402
 from autoregressive.sample.options import OptionError, Options, parse_options, shown  # noqa: E402
 from autoregressive.sample.sampler import Blueprint  # noqa: E402
 from autoregressive.train.gpt_training import CodeDataset  # noqa: E402

@@ -13,7 +13,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 
-from autoregressive.sample.job import guarded, start_processes  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
+from autoregressive.sample.job import start_processes  # noqa: E402
 from autoregressive.train.text_features import read_captions  # noqa: E402
 from autoregressive.train.training import TrainingError  # noqa: E402
 from evaluations.clip import embed_images, embed_texts, ready_clip  # noqa: E402

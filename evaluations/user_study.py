@@ -22,7 +22,8 @@ from PIL import Image  # noqa: E402
 from scipy.stats import binomtest  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from autoregressive.sample.job import guarded, versions  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
+from autoregressive.sample.job import versions  # noqa: E402
 from autoregressive.sample.labels import Classes  # noqa: E402
 from autoregressive.sample.options import ModelOptions, RunOptions  # noqa: E402
 from autoregressive.sample.prompts import number  # noqa: E402

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 class Policy:
     """Scores cached tokens. Frozen and stateless: what must be remembered lives in :class:`~adsa.slots.Slots`.
 
-    To add one: subclass it in a file of this folder, set ``name``, write ``score``, and list it in ``__init__.py``.
+    To add one: subclass it in a file of this folder, set ``name``, write ``score``, and list it in ``__init__.py`` and
+    in ``adsa/names.py``.
 
     Attributes:
         name: as it stands in configs.

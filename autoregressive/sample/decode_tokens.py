@@ -15,7 +15,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from autoregressive.models.checkpoint import load_model  # noqa: E402
-from autoregressive.sample.job import guarded, run_job, start_processes  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
+from autoregressive.sample.job import run_job, start_processes  # noqa: E402
 from autoregressive.sample.options import ModelOptions  # noqa: E402
 from autoregressive.sample.run_folder import RunError, RunFolder, read_record  # noqa: E402
 from autoregressive.sample.sampler import decode_images, tokenizer_on_meta  # noqa: E402

@@ -10,13 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import accelerate
 import numpy as np
@@ -26,12 +25,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from autoregressive.models.checkpoint import CheckpointError
 from autoregressive.models.schedule import Schedule
 from autoregressive.sample.options import ROOT, CacheOptions, OptionError, Options
 from autoregressive.sample.run_folder import RunError, RunFolder, bar_interval
 from autoregressive.sample.sampler import Blueprint, Sampler, forget_peak_memory, peak_memory
-from tokenizer.tokenizer_text.encoder import TextEncoderError
 
 
 def start_processes(cpu: bool = False) -> PartialState:
@@ -328,33 +325,3 @@ def told(folder: RunFolder, record: Mapping[str, Any]) -> str:
             f"{cache['kv_bytes'] / 2**20:.1f} MiB for {cache['images_per_batch']} images"
         )
     return "\n".join([*lines, str(folder.npz)])
-
-
-def guarded(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main function and end the process: expected errors as one message, and never a hang.
-
-    torchrun stops all processes as soon as one ends with an error.
-    """
-    rank = os.environ.get("RANK")
-    code: int | str | None = 0
-    try:
-        main()
-    except (OptionError, CheckpointError, TextEncoderError, RunError, OSError, torch.OutOfMemoryError) as error:
-        memory = isinstance(error, torch.OutOfMemoryError)
-        advice = "; fewer images at a time need less (in a job: --per-proc-batch-size)" if memory else ""
-        print(f"{'' if rank is None else f'[process {rank}] '}error: {error}{advice}", file=sys.stderr)
-        code = 1
-    except SystemExit as stop:
-        code = stop.code
-    except KeyboardInterrupt:
-        code = 130
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    if rank is not None and code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)  # without waiting for the others at exit
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    sys.exit(code)

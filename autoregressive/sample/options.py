@@ -13,16 +13,17 @@ import typing
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from adsa import CacheConfig  # noqa: E402
-from adsa.config import DTYPES  # noqa: E402
-from adsa.policies import POLICIES  # noqa: E402
+from adsa.names import CACHE_DTYPES, POLICY_NAMES  # noqa: E402
+
+if TYPE_CHECKING:  # torch comes with it, which --help doesn't wait for
+    from adsa import CacheConfig
 
 
 class OptionError(ValueError):
@@ -191,7 +192,7 @@ class SamplingOptions:
 class CacheOptions:
     """Which image tokens the KV cache keeps (arXiv 2506.18226)."""
 
-    policy: str = option("full", "full is the dense cache", choices=tuple(POLICIES))
+    policy: str = option("full", "full is the dense cache", choices=POLICY_NAMES)
     budget: int | None = option(None, "slots for image tokens, per layer; every policy but full needs it", metavar="N")
     prefix: int | None = option(
         None, "how many of the first image tokens always stay; default: the policy's", metavar="N"
@@ -211,7 +212,7 @@ class CacheOptions:
         "merge what leaves into the nearest key of those that stay; default: the policy's, of which adsa_plus does",
     )
     dtype: str | None = option(
-        None, "of keys and values; int8 and int4: integers with scales; default: the model's", choices=tuple(DTYPES)
+        None, "of keys and values; int8 and int4: integers with scales; default: the model's", choices=CACHE_DTYPES
     )
     fold_condition: bool = option(True, "hold LlamaGen's text tokens as one slot that is exactly their sum")
 
@@ -309,8 +310,10 @@ class Options:
             run=RunOptions(num_fid_samples=30000, output="sample_t2i.png"),
         )
 
-    def cache_config(self) -> CacheConfig:
+    def cache_config(self) -> "CacheConfig":
         """Raises OptionError for impossible values."""
+        from adsa import CacheConfig
+
         try:
             return CacheConfig.from_dict(asdict(self.cache))
         except ValueError as error:

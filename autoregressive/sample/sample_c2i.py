@@ -7,13 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-
-from autoregressive.sample.grid import sample_grid, start_grid  # noqa: E402
-from autoregressive.sample.job import guarded  # noqa: E402
-from autoregressive.sample.labels import Classes, require_classes  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
 from autoregressive.sample.options import Options, SamplingOptions, parse_options  # noqa: E402
-from autoregressive.sample.sampler import Blueprint  # noqa: E402
 
 DESCRIPTION = """\
 Sample one image for each class label into a captioned grid, and say what it cost. With --compare, the same images
@@ -34,6 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run with these arguments; None: the process's own."""
     defaults = Options(sampling=SamplingOptions(cfg_scale=4.0, top_k=2000))  # LlamaGen's for this script
     options = parse_options(defaults, argv, script="grid", description=DESCRIPTION, examples=EXAMPLES)
+    import torch  # this and what brings it takes a second, which --help doesn't wait for
+
+    from autoregressive.sample.grid import sample_grid, start_grid
+    from autoregressive.sample.labels import Classes, require_classes
+    from autoregressive.sample.sampler import Blueprint
+
     require_classes(options)
     variants, state = start_grid(options)
     blueprint = Blueprint(options.model, state.device)

@@ -8,13 +8,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-
-from autoregressive.sample.job import guarded, run_job, run_name, run_settings, start_processes, told  # noqa: E402
-from autoregressive.sample.labels import Classes, assign, require_classes  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
 from autoregressive.sample.options import Options, parse_options  # noqa: E402
-from autoregressive.sample.run_folder import RunFolder, npy_bytes  # noqa: E402
-from autoregressive.sample.sampler import Blueprint, Sampler, image_seeds  # noqa: E402
 
 DESCRIPTION = """\
 Fill a run folder with class-conditional images: PNGs, tokens, labels, samples.npz (arr_0, uint8 NHWC) and run.json.
@@ -37,6 +32,13 @@ examples:
 def job(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """What :func:`run_job` is to be called with, for these arguments; no model is read yet. None: the process's own."""
     options = parse_options(Options(), argv, script="job", description=DESCRIPTION, examples=EXAMPLES)
+    import torch  # this and what brings it takes a second, which --help doesn't wait for
+
+    from autoregressive.sample.job import run_name, run_settings, start_processes
+    from autoregressive.sample.labels import Classes, assign, require_classes
+    from autoregressive.sample.run_folder import RunFolder, npy_bytes
+    from autoregressive.sample.sampler import Blueprint, Sampler, image_seeds
+
     require_classes(options)
     state = start_processes(options.run.cpu)
     blueprint = Blueprint(options.model, state.device)
@@ -70,6 +72,8 @@ def job(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these arguments; None: the process's own."""
     arguments = job(argv)
+    from autoregressive.sample.job import run_job, told
+
     record = run_job(**arguments)
     if arguments["state"].is_main_process:
         print(told(arguments["folder"], record))

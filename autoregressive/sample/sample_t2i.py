@@ -7,12 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from autoregressive.sample.grid import sample_grid, start_grid  # noqa: E402
-from autoregressive.sample.job import guarded  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
 from autoregressive.sample.options import Options, parse_options  # noqa: E402
-from autoregressive.sample.prompts import read_prompts, require_text, tell  # noqa: E402
-from autoregressive.sample.sampler import Blueprint  # noqa: E402
-from autoregressive.sample.text import TextConditions, told_left_out  # noqa: E402
 
 DESCRIPTION = """\
 Sample one image for each prompt into a captioned grid, and say what it cost. With --compare, the same images (same
@@ -32,6 +28,11 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these arguments; None: the process's own."""
     options = parse_options(Options.text_to_image(), argv, script="grid", description=DESCRIPTION, examples=EXAMPLES)
+    from autoregressive.sample.grid import sample_grid, start_grid  # torch comes with it: --help doesn't wait for that
+    from autoregressive.sample.prompts import read_prompts, require_text, tell
+    from autoregressive.sample.sampler import Blueprint
+    from autoregressive.sample.text import TextConditions, told_left_out
+
     require_text(options)
     prompts = read_prompts(options.text)
     variants, state = start_grid(options)

@@ -8,12 +8,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from autoregressive.sample.job import guarded, run_job, run_name, run_settings, start_processes, told  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
 from autoregressive.sample.options import OptionError, Options, parse_options  # noqa: E402
-from autoregressive.sample.prompts import read_prompts, require_text, tell  # noqa: E402
-from autoregressive.sample.run_folder import RunFolder, npy_bytes  # noqa: E402
-from autoregressive.sample.sampler import Blueprint, Sampler, image_seeds  # noqa: E402
-from autoregressive.sample.text import TextConditions, told_left_out  # noqa: E402
 
 DESCRIPTION = """\
 Fill a run folder with an image for each prompt: PNGs, tokens, captions.txt, result.jsonl, samples.npz (arr_0, uint8
@@ -38,6 +34,13 @@ examples:
 def job(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """What :func:`run_job` is to be called with, for these arguments; no model is read yet. None: the process's own."""
     options = parse_options(Options.text_to_image(), argv, script="job", description=DESCRIPTION, examples=EXAMPLES)
+    # With these comes torch, which takes a second; --help doesn't wait for it.
+    from autoregressive.sample.job import run_name, run_settings, start_processes
+    from autoregressive.sample.prompts import read_prompts, require_text, tell
+    from autoregressive.sample.run_folder import RunFolder, npy_bytes
+    from autoregressive.sample.sampler import Blueprint, Sampler, image_seeds
+    from autoregressive.sample.text import TextConditions, told_left_out
+
     require_text(options)
     run = options.run
     if options.text.prompt_file == "-":
@@ -85,6 +88,8 @@ def job(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these arguments; None: the process's own."""
     arguments = job(argv)
+    from autoregressive.sample.job import run_job, told
+
     record = run_job(**arguments)
     if arguments["state"].is_main_process:
         print(told(arguments["folder"], record))

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from autoregressive.sample.job import guarded  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
 from evaluations.paper.gallery import budgets_figure  # noqa: E402
 
 

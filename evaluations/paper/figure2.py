@@ -22,7 +22,8 @@ from tqdm import tqdm  # noqa: E402
 
 from adsa import CacheConfig, LayerCache  # noqa: E402
 from autoregressive.models.generate import generate, new_cache  # noqa: E402
-from autoregressive.sample.job import device_name, guarded  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
+from autoregressive.sample.job import device_name  # noqa: E402
 from autoregressive.sample.run_folder import bar_interval  # noqa: E402
 from autoregressive.sample.sampler import Sampler  # noqa: E402
 from evaluations import markdown  # noqa: E402

@@ -35,7 +35,8 @@ from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from autoregressive.sample import sample_c2i_ddp  # noqa: E402
-from autoregressive.sample.job import device_name, guarded, versions  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
+from autoregressive.sample.job import device_name, versions  # noqa: E402
 from autoregressive.sample.sampler import Sampler, image_seeds  # noqa: E402
 from evaluations import markdown  # noqa: E402
 from evaluations.bootstrap import mean_interval  # noqa: E402

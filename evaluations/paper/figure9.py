@@ -25,7 +25,8 @@ from tqdm import tqdm  # noqa: E402
 from adsa import CacheConfig  # noqa: E402
 from autoregressive.models.generate import new_cache  # noqa: E402
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer  # noqa: E402
-from autoregressive.sample.job import device_name, guarded, start_processes  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
+from autoregressive.sample.job import device_name, start_processes  # noqa: E402
 from autoregressive.sample.run_folder import RunError, bar_interval  # noqa: E402
 from autoregressive.sample.sampler import PRECISIONS, Blueprint, cache_title, peak_memory  # noqa: E402
 from evaluations import markdown  # noqa: E402

@@ -17,7 +17,8 @@ from tqdm import tqdm  # noqa: E402
 
 from adsa import CacheConfig  # noqa: E402
 from adsa.policies import POLICIES  # noqa: E402
-from autoregressive.sample.job import guarded, start_processes  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
+from autoregressive.sample.job import start_processes  # noqa: E402
 from autoregressive.sample.options import OptionError  # noqa: E402
 from autoregressive.sample.run_folder import differing  # noqa: E402
 from evaluations import markdown  # noqa: E402

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from autoregressive.sample.job import guarded  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
 from autoregressive.sample.options import shown  # noqa: E402
 from evaluations.extractors import EvaluationError  # noqa: E402
 from evaluations.features import slug, write_features  # noqa: E402

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from autoregressive.sample.job import guarded  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
 from autoregressive.sample.options import shown  # noqa: E402
 from autoregressive.sample.run_folder import bar_interval  # noqa: E402
 from evaluations import markdown  # noqa: E402

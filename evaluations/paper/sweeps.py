@@ -16,7 +16,7 @@ from adsa import CacheConfig  # noqa: E402
 from adsa.policies import POLICIES  # noqa: E402
 from autoregressive.models.generate import new_cache  # noqa: E402
 from autoregressive.models.schedule import Schedule  # noqa: E402
-from autoregressive.sample.job import guarded  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
 from autoregressive.sample.options import shown  # noqa: E402
 from autoregressive.sample.sampler import Blueprint  # noqa: E402
 from evaluations import markdown  # noqa: E402

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from autoregressive.sample.job import guarded  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
 from evaluations import markdown  # noqa: E402
 from evaluations.extractors import EvaluationError  # noqa: E402
 from evaluations.paper.floor import reconstructed  # noqa: E402

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from autoregressive.sample.job import guarded  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
 from evaluations import markdown  # noqa: E402
 from evaluations.bootstrap import mean_interval  # noqa: E402
 from evaluations.paired import Difference, paired_t  # noqa: E402

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from adsa import CacheConfig  # noqa: E402
-from autoregressive.sample.job import guarded  # noqa: E402
+from autoregressive.sample.entry import guarded  # noqa: E402
 from evaluations import markdown  # noqa: E402
 from evaluations.paper.protocol import add_model_flag, load_protocol, output_folder  # noqa: E402
 from evaluations.paper.report import write_report  # noqa: E402

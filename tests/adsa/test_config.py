@@ -1,6 +1,8 @@
 import pytest
 
 from adsa import CacheConfig
+from adsa.config import DTYPES
+from adsa.names import CACHE_DTYPES, POLICY_NAMES
 from adsa.policies import POLICIES
 
 
@@ -67,3 +69,8 @@ def test_merging():
     for cache in (CacheConfig("adsa", 96), CacheConfig("adsa_plus", 96, merge=False), CacheConfig("full")):
         assert not cache.merges
     assert not CacheConfig("adsa_plus", 96, mode="select").merges
+
+
+def test_names_that_are_told_without_torch():
+    assert (*POLICIES,) == POLICY_NAMES
+    assert (*DTYPES,) == CACHE_DTYPES

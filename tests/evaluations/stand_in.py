@@ -50,7 +50,7 @@ class ForTorchFidelity(FeatureExtractorBase):
 
 
 if __name__ == "__main__":
-    from autoregressive.sample.job import guarded
+    from autoregressive.sample.entry import guarded
     from evaluations.fid import main
 
     EXTRACTORS[NAME] = StandIn

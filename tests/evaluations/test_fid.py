@@ -9,7 +9,7 @@ import pytest
 import torch_fidelity
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from autoregressive.sample.job import guarded
+from autoregressive.sample.entry import guarded
 from evaluations.extractors import EXTRACTORS, INCEPTION, EvaluationError
 from evaluations.fid import main
 from tests.evaluations import stand_in as stand_in_script

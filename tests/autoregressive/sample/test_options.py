@@ -1,5 +1,8 @@
 """Flags and YAML files: one table, strict types, suggestions, precedence."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,14 @@ def config(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.mark.parametrize("script", ["sample_c2i", "sample_t2i", "sample_c2i_ddp", "sample_t2i_ddp"])
+def test_help_waits_for_no_torch(script):
+    told = [sys.executable, "-X", "importtime", str(CONFIGS.parent / f"autoregressive/sample/{script}.py"), "--help"]
+    done = subprocess.run(told, capture_output=True, text=True)
+    assert done.returncode == 0 and "--cache-policy" in done.stdout
+    assert "adsa.names" in done.stderr and not re.search(r"\| +torch\b", done.stderr)
 
 
 def test_defaults_then_file_then_flags(config):

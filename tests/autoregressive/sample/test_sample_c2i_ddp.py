@@ -121,7 +121,7 @@ def test_damaged_folder_is_mended(models, unbroken, copied):
 
 
 def test_finished_run_loads_no_model(models, copied, monkeypatch, capsys):
-    monkeypatch.setattr(sample_c2i_ddp, "Sampler", None)
+    monkeypatch.setattr("autoregressive.sample.sampler.Sampler", None)
     folder, flags = copied
     (folder / "samples.npz").unlink()
     sample_c2i_ddp.main([*models, *flags])

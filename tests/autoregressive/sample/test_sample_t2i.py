@@ -12,7 +12,7 @@ from PIL import Image
 from autoregressive.models.checkpoint import CheckpointError, save_safetensors
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.sample import sample_t2i
-from autoregressive.sample.job import guarded
+from autoregressive.sample.entry import guarded
 from autoregressive.sample.options import OptionError
 
 from .conftest import ROOT, start

@@ -104,7 +104,7 @@ def test_damaged_folder_is_mended(text_models, unbroken, copied):
 
 
 def test_finished_run_loads_nothing(text_models, copied, monkeypatch, capsys):
-    monkeypatch.setattr(sample_t2i_ddp, "Sampler", None)
+    monkeypatch.setattr("autoregressive.sample.sampler.Sampler", None)
     monkeypatch.setattr("tokenizer.tokenizer_text.encoder.TextEncoder._load", None)
     folder, flags = copied
     (folder / "samples.npz").unlink()
