@@ -20,6 +20,7 @@ from torch import Tensor
 from adsa.config import CacheConfig
 from adsa.order import Order
 from adsa.slots import Slots, fold_bias
+from adsa.storage import CODECS
 
 
 class LayerCache:
@@ -64,6 +65,17 @@ class LayerCache:
         return self.slots.stored_v.read(self.slots.condition_slots, self._end, self.rows)
 
     @property
+    def _decodes_in_parts(self) -> bool:
+        """Whether integers become keys and values a few rows at a time, attended to while a CPU's caches hold them.
+
+        That takes a tenth of the time of all rows at once. A compiler makes one operation of both by itself.
+        """
+        slots = self.slots
+        if slots.config.dtype not in CODECS or slots.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return slots.attention is None and not slots.selects
+
+    @property
     def _end(self) -> int:
         return self.slots.condition_slots + self.slots.filled
 
@@ -96,7 +108,14 @@ class LayerCache:
             mask = self._condition_mask(q)
             self.insert_condition(k, v)
             return _attention(q, k, v, mask)
-        return self.attend_to(q, *self.update(k, v))
+        if not self._decodes_in_parts:
+            return self.attend_to(q, *self.update(k, v))
+        self._enter(k, v)
+        self._note(q)
+        found, first = [], self.rows.start
+        for part in self.slots.chunks(k.shape[1] * self._end * k.shape[3], self.slots.batch):
+            found.append(self._attended(q[part], *self.held(slice(first + part.start, first + part.stop))))
+        return torch.cat(found)
 
     def attend_to(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Attention to what :meth:`update` returned, by the queries of the tokens that it took in.
@@ -104,8 +123,15 @@ class LayerCache:
         To be called once for each update, as what the policy wants to know of queries and weights is noted here.
         ``q`` and the result: ``[B, Hq, S, D]``, in the dtype of ``q``.
         """
+        self._note(q)
+        return self._attended(q, keys, values, bias)
+
+    def _note(self, q: Tensor) -> None:
+        """What the policy wants to know of queries."""
         if self.slots.queries is not None:
             self.slots.queries.add(self.count, self.slots.clock, q, self.rows)
+
+    def _attended(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None and bias.dtype != self.slots.wide:
             bias = bias.to(self.slots.wide)
         attend = _attention if self.slots.attention is None else self._watched_attention
@@ -167,6 +193,11 @@ class LayerCache:
             ValueError: for too many tokens at once, before the condition, beyond ``max_tokens``, or if the layers
                 don't take their tokens in step.
         """
+        self._enter(k, v)
+        return self._selection() if self.slots.selects and self.slots.count > self.slots.budget else self.held()
+
+    def _enter(self, k: Tensor, v: Tensor) -> None:
+        """Check and take image tokens, as :meth:`update` does."""
         slots, tokens = self.slots, k.shape[2]
         most = 1 if slots.order is None else slots.order.width
         if not self._has_condition or not 1 <= tokens <= most:
@@ -176,9 +207,6 @@ class LayerCache:
                 f"{'after' if self._has_condition else 'before'} it"
             )
         self._take(k, v)
-        if slots.selects and slots.count > slots.budget:
-            return self._selection()
-        return self.held()
 
     def insert(self, k: Tensor, v: Tensor) -> None:
         """Take in image tokens that are known beforehand, as :meth:`update` one after the other would.
@@ -226,11 +254,12 @@ class LayerCache:
         end = slots.condition_slots + slots.filled if self._has_condition else self.condition_came
         return slots.stored_k.read(0, end, rows), slots.stored_v.read(0, end, rows)
 
-    def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and bias of all that is here, as :meth:`update` returns them."""
-        keys, values, bias = self.slots.held(self.rows)
+    def held(self, rows: slice | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and bias of all that is here, as :meth:`update` returns them; of some of its rows, or of all."""
+        rows = self.rows if rows is None else rows
+        keys, values, bias = self.slots.held(rows)
         if (hidden := self.slots.hidden) is not None:
-            bias = hidden[self.rows] if bias is None else hidden[self.rows] + bias
+            bias = hidden[rows] if bias is None else hidden[rows] + bias
         return keys, values, bias
 
     def _selection(self) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -465,11 +465,11 @@ class Slots:
             mask = mask | (arrivals == held)
         return mask
 
-    def chunks(self, numbers: int) -> list[slice]:
+    def chunks(self, numbers: int, rows: int | None = None) -> list[slice]:
         """Rows in parts, for what takes so many ``numbers`` a row: as many as a CPU's caches hold, or on a GPU as are
-        little beside a model."""
-        rows = self.layers * self.batch
-        step = min(rows, max(1, (2**18 if self.device.type == "cpu" else 2**25) // numbers))
+        little beside a model. ``rows``: how many; None: those of all layers."""
+        rows = self.layers * self.batch if rows is None else rows
+        step = min(rows, max(1, (2**20 if self.device.type == "cpu" else 2**25) // numbers))
         return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
     def distances(self, slots: Tensor, rows: slice, leave: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Int8:
 
     def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         codes, step = parts
-        return (codes * _wide(step)).to(dtype)
+        return _wide(codes).mul_(_wide(step)).to(dtype)
 
 
 class Int4:
@@ -60,9 +60,11 @@ class Int4:
 
     def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         pairs, low, step = parts
-        codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).flatten(-2)
-        codes = codes.unflatten(-1, (low.shape[-1], -1))
-        return (codes * _wide(step).unsqueeze(-1) + _wide(low).unsqueeze(-1)).flatten(-2).to(dtype)
+        wide = _wide(low)
+        x = torch.empty(*pairs.shape[:-1], 2 * pairs.shape[-1], dtype=wide.dtype, device=pairs.device)
+        x[..., ::2], x[..., 1::2] = pairs >> 4, pairs & 15
+        x = x.unflatten(-1, (low.shape[-1], -1)).mul_(_wide(step).unsqueeze(-1)).add_(wide.unsqueeze(-1))
+        return x.flatten(-2).to(dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
