@@ -30,7 +30,7 @@ class CacheConfig:
         mode: "evict" (what leaves is gone, memory is bounded by the budget; the paper's tables) or "select" (the whole
             history stays in memory, and the choice is made anew: a token left out can come back. Each step copies the
             chosen keys and values together. Measured, that is worse).
-        renew_every: how many steps one ranking serves; 1 is the paper, and up to 8 do as well (results/sweeps). None: the
+        renew_every: how many steps one ranking serves; 1 is the paper, and 8 are as good (results/sweeps). None: the
             policy's default, where the budget allows.
         merge: merge what leaves into the nearest key of those that stay, other than the last line's: the mean of both,
             weighted by the tokens that they stand for, whose number is added to scores by its logarithm. Mode "evict"
