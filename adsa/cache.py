@@ -110,7 +110,7 @@ class LayerCache:
             return _attention(q, k, v, mask)
         if not self._decodes_in_parts:
             return self.attend_to(q, *self.update(k, v))
-        self._enter(k, v)
+        self.enter(k, v)
         self._note(q)
         found, first = [], self.rows.start
         for part in self.slots.chunks(k.shape[1] * self._end * k.shape[3], self.slots.batch):
@@ -193,11 +193,11 @@ class LayerCache:
             ValueError: for too many tokens at once, before the condition, beyond ``max_tokens``, or if the layers
                 don't take their tokens in step.
         """
-        self._enter(k, v)
+        self.enter(k, v)
         return self._selection() if self.slots.selects and self.slots.count > self.slots.budget else self.held()
 
-    def _enter(self, k: Tensor, v: Tensor) -> None:
-        """Check and take image tokens, as :meth:`update` does."""
+    def enter(self, k: Tensor, v: Tensor) -> None:
+        """:meth:`update`, but for what there is to attend to. For policies that see neither attention nor queries."""
         slots, tokens = self.slots, k.shape[2]
         most = 1 if slots.order is None else slots.order.width
         if not self._has_condition or not 1 <= tokens <= most:

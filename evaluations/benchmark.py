@@ -41,10 +41,10 @@ Each step is told against the roofline: the bytes that it must move (weights onc
 of a copy, and its floating-point operations over the speed of a matrix product, both measured in this run; the larger
 of the two is the limit."""
 EPILOG = """\
-A cache is `dense`, or POLICY-BUDGET, as adsa-256, or POLICY-BUDGET-renewN if one ranking serves N steps. With -ziparW
-behind, as dense-zipar12, several rows of the image are decoded at once, each W tokens behind the one above: whole
-images are timed, and a step is any of their passes. With --hf caches run under transformers' Llama (adsa/hf.py), beside
-the library's own, `dynamic` and `static`.
+A cache is `dense`, or POLICY-BUDGET, as adsa-256, or POLICY-BUDGET-renewN if one ranking serves N steps. With -kvint8
+or -kvint4 behind it holds integers with scales. With -ziparW behind, as dense-zipar12, several rows of the image are
+decoded at once, each W tokens behind the one above: whole images are timed, and a step is any of their passes. With
+--hf caches run under transformers' Llama (adsa/hf.py), beside the library's own, `dynamic` and `static`.
 
 Writes table.json (every number; rewritten after each turn), table.md and plot.png.
 
@@ -136,7 +136,8 @@ def cache_config(name: str, room: int, tokens: int) -> "CacheConfig":
     """The cache that a name stands for.
 
     Args:
-        name: "dense", or as "adsa-256" or "adsa-256-renew8"; what :func:`zipar_window` reads may follow.
+        name: "dense", or as "adsa-256" or "adsa-256-renew8"; "-kvint8" or "-kvint4" and what :func:`zipar_window` reads
+            may follow.
         room: the largest budget that is full when it is timed.
         tokens: of an image; a budget for all of them is never full, and evicts nothing.
 
@@ -147,10 +148,12 @@ def cache_config(name: str, room: int, tokens: int) -> "CacheConfig":
     from adsa.policies import POLICIES
     from autoregressive.sample.options import OptionError
 
-    name = name.partition(ZIPAR)[0]
-    if name in ("dense", "full"):
-        return CacheConfig("full")
-    parts = re.fullmatch(r"(.+?)-(\d+)(?:-renew(\d+))?", name)
+    plain, _, dtype = name.partition(ZIPAR)[0].partition("-kv")
+    if dtype not in ("", "int8", "int4"):
+        raise OptionError(f"{name!r}: caches of integers are -kvint8 and -kvint4")
+    if plain in ("dense", "full"):
+        return CacheConfig("full", dtype=dtype or None)
+    parts = re.fullmatch(r"(.+?)-(\d+)(?:-renew(\d+))?", plain)
     if not parts or parts[1] not in POLICIES or parts[1] == "full":
         policies = ", ".join(policy for policy in POLICIES if policy != "full")
         raise OptionError(f"{name!r} is neither dense nor POLICY-BUDGET or POLICY-BUDGET-renewN; policies: {policies}")
@@ -160,7 +163,8 @@ def cache_config(name: str, room: int, tokens: int) -> "CacheConfig":
             f"budget is {room}, but for those of {tokens} and more"
         )
     try:
-        return CacheConfig(parts[1], int(parts[2]), renew_every=int(parts[3]) if parts[3] else None)
+        every = int(parts[3]) if parts[3] else None
+        return CacheConfig(parts[1], int(parts[2]), renew_every=every, dtype=dtype or None)
     except ValueError as error:
         raise OptionError(f"{name}: {error}") from None
 
@@ -347,7 +351,7 @@ def take_turn(
         "peak_bytes": peak,
         "beyond_weights_bytes": peak - before,
         "attended": attended,
-        "demand": demand(model, rows, attended),
+        "demand": demand(model, rows, attended, decoder.vector_bytes()),
     }
     if args.whole_image:
         del kv, stepper

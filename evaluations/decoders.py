@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
 from adsa import CacheConfig, KVCache
+from adsa.storage import CODECS, Plain
 from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.recorded import RecordedSteps
@@ -68,7 +69,7 @@ class Decoder:
                     q = torch.randn(kv.batch, args.n_head, 1, args.head_dim, device=weight.device, dtype=weight.dtype)
                     layer.attend(q, k, v)
                 else:
-                    layer.update(k, v)
+                    layer.enter(k, v)
 
     def attended(self, kv: Any, tokens: int, steps: int) -> float:
         """Slots, condition included, that a step attends to: the mean over the last `steps` of `tokens` steps.
@@ -78,6 +79,12 @@ class Decoder:
         condition = kv.condition_slots if self.config else self.model.config.cls_token_num
         most = self.budget or tokens
         return condition + statistics.mean(min(position + 1, most) for position in range(tokens - steps, tokens))
+
+    def vector_bytes(self) -> float:
+        """Of a key, or of a value, as the cache holds it."""
+        dim, dtype = self.model.config.head_dim, self.model.tok_embeddings.weight.dtype
+        codec = CODECS.get(self.config.dtype if self.config else None, Plain())
+        return sum(part.nbytes for part in codec.encode(torch.zeros(dim, dtype=dtype)))
 
 
 class ZipAR(Decoder):
@@ -395,8 +402,13 @@ def forget(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def demand(model: Transformer, rows: int, attended: float) -> dict[str, float]:
-    """What a decode step of this model can't do without. ``attended``: slots, see :meth:`Decoder.attended`.
+def demand(model: Transformer, rows: int, attended: float, vector_bytes: float) -> dict[str, float]:
+    """What a decode step of this model can't do without.
+
+    Args:
+        model: which.
+        rows: both halves of guidance included.
+        attended, vector_bytes: slots, and bytes of a key or a value in each, see :class:`Decoder`.
 
     Returns:
         "weight_bytes": of all layers, the last norm and the head (of embeddings a step reads a row only); "kv_bytes":
@@ -406,13 +418,13 @@ def demand(model: Transformer, rows: int, attended: float) -> dict[str, float]:
     weights = [weight for part in (model.layers, model.norm, model.output) for weight in part.parameters()]
     weight_bytes = sum(weight.nbytes for weight in weights)
     products = sum(weight.numel() for weight in weights if weight.ndim == 2)
-    numbers = args.n_layer * rows * attended * args.head_dim
-    kv_bytes = 2 * numbers * args.kv_heads * model.tok_embeddings.weight.itemsize
+    slots = args.n_layer * rows * attended
+    kv_bytes = 2 * slots * args.kv_heads * vector_bytes
     return {
         "weight_bytes": weight_bytes,
         "kv_bytes": kv_bytes,
         "bytes": weight_bytes + kv_bytes,
-        "flops": 2 * rows * products + 4 * numbers * args.n_head,
+        "flops": 2 * rows * products + 4 * slots * args.head_dim * args.n_head,
     }
 
 

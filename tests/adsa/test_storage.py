@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from adsa import CacheConfig
+from adsa import CacheConfig, KVCache, LayerCache
 from adsa.policies import POLICIES
+from adsa.slots import Slots
 from adsa.storage import CODECS, Plain, Storage
 
-from .test_cache import WAYS, B, D, H, config, layer, run, stream
+from .test_cache import TOKENS, WAYS, B, D, H, config, layer, run, stream
 
 
 def vectors(dim, dtype=torch.float64):
@@ -90,6 +91,30 @@ def test_a_cache_of_integers_is_the_cache_of_what_they_stand_for(way, name):
     )
     expected = run(layer(plain), q, *rounded)
     torch.testing.assert_close(run(layer(integers), q, k, v), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("policy", ["full", "adsa", "adsa_plus", "streaming"])
+def test_rows_are_decoded_in_parts(policy, name, monkeypatch):
+    """Of two layers, with groups of queries and padding: one row at a time, or all at once."""
+    cfg = CacheConfig("full", dtype=name) if policy == "full" else config(policy, dtype=name, merge=None)
+    streams = [stream(heads=2 * H, condition=3, seed=seed) for seed in range(2)]
+    valid = torch.tensor([[True] * 3, [False, True, True], [False, False, True]])
+    shape = {"batch": B, "n_kv_head": H, "n_head": 2 * H, "head_dim": D, "condition_tokens": 3, "max_tokens": TOKENS}
+    chunks, found = Slots.chunks, {}
+    one_by_one = [slice(row, row + 1) for row in range(B)]
+    monkeypatch.setattr(Slots, "chunks", lambda *of: one_by_one if len(of) == 3 else chunks(*of))
+    for apart in (False, True):
+        monkeypatch.setattr(LayerCache, "_decodes_in_parts", apart)
+        kv = KVCache(cfg, n_layer=2, dtype=torch.float64, device="cpu", valid=valid, **shape)
+        steps = [slice(0, 3), *(slice(t, t + 1) for t in range(3, 3 + TOKENS))]
+        found[apart] = [
+            layer.attend(*(x[:, :, step] for x in of_layer))
+            for step in steps
+            for layer, of_layer in zip(kv.layers, streams, strict=True)
+        ]
+    for mine, whole in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(mine, whole, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -271,6 +271,9 @@ def test_cache_names():
     assert benchmark.cache_config("adsa-256-renew8", 500, 576) == CacheConfig("adsa", 256, renew_every=8)
     assert benchmark.cache_config("adsa_inverse-64", 500, 576) == CacheConfig("adsa_inverse", 64)
     assert benchmark.cache_config("dense", 500, 576) == CacheConfig("full")
+    assert benchmark.cache_config("dense-kvint4-zipar12", 500, 576) == CacheConfig("full", dtype="int4")
+    renewed = CacheConfig("adsa", 256, renew_every=8, dtype="int8")
+    assert benchmark.cache_config("adsa-256-renew8-kvint8", 500, 576) == renewed
 
 
 @pytest.mark.parametrize(
@@ -290,6 +293,7 @@ def test_cache_names():
         (["--quantize", "int4"], "invalid choice: 'int4'"),
         (["--caches", "adsa-30"], "the largest budget is 28"),
         (["--caches", "adsa-12-renew12"], "renew_every 12 is too large"),
+        (["--caches", "adsa-12-kvint2"], "caches of integers are -kvint8 and -kvint4"),
         (["--model", "GPT-Tin"], "did you mean GPT-Tiny"),
         (["--gpt-ckpt", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--tokens", "35"], "a perfect square"),
