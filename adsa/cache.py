@@ -113,7 +113,7 @@ class LayerCache:
         self.enter(k, v)
         self._note(q)
         found, first = [], self.rows.start
-        for part in self.slots.chunks(k.shape[1] * self._end * k.shape[3], self.slots.batch):
+        for part in self.slots.chunks(k.shape[1] * self._end * k.shape[3], self.slots.batch, few_passes=True):
             found.append(self._attended(q[part], *self.held(slice(first + part.start, first + part.stop))))
         return torch.cat(found)
 

@@ -404,7 +404,7 @@ class Slots:
         whole = store.dtype == self.similarity.total.dtype or self.similarity.fused
         as_is = whole and self.config.dtype not in CODECS
         heads, dim = self.similarity.total.shape[1:]
-        parts = self.chunks(heads * self.filled * (1 if as_is else dim))
+        parts = self.chunks(heads * self.filled * (1 if as_is else dim), few_passes=True)
         return torch.cat([self.similarity.score(store.read(first, end, rows), rows) for rows in parts])
 
     @property
@@ -465,11 +465,17 @@ class Slots:
             mask = mask | (arrivals == held)
         return mask
 
-    def chunks(self, numbers: int, rows: int | None = None) -> list[slice]:
-        """Rows in parts, for what takes so many ``numbers`` a row: as many as a CPU's caches hold, or on a GPU as are
-        little beside a model. ``rows``: how many; None: those of all layers."""
+    def chunks(self, numbers: int, rows: int | None = None, *, few_passes: bool = False) -> list[slice]:
+        """Rows in parts: as many as a CPU's caches hold, or on a GPU as are little beside a model.
+
+        Args:
+            numbers: that a row takes.
+            rows: how many; None: those of all layers.
+            few_passes: over the numbers: more of them then cost less than more parts.
+        """
         rows = self.layers * self.batch if rows is None else rows
-        step = min(rows, max(1, (2**20 if self.device.type == "cpu" else 2**25) // numbers))
+        most = 2**25 if self.device.type != "cpu" else 2**20 if few_passes else 2**18
+        step = min(rows, max(1, most // numbers))
         return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
     def distances(self, slots: Tensor, rows: slice, leave: Tensor) -> Tensor:

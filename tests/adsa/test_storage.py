@@ -103,7 +103,7 @@ def test_rows_are_decoded_in_parts(policy, name, monkeypatch):
     shape = {"batch": B, "n_kv_head": H, "n_head": 2 * H, "head_dim": D, "condition_tokens": 3, "max_tokens": TOKENS}
     chunks, found = Slots.chunks, {}
     one_by_one = [slice(row, row + 1) for row in range(B)]
-    monkeypatch.setattr(Slots, "chunks", lambda *of: one_by_one if len(of) == 3 else chunks(*of))
+    monkeypatch.setattr(Slots, "chunks", lambda *of, **how: one_by_one if len(of) == 3 else chunks(*of, **how))
     for apart in (False, True):
         monkeypatch.setattr(LayerCache, "_decodes_in_parts", apart)
         kv = KVCache(cfg, n_layer=2, dtype=torch.float64, device="cpu", valid=valid, **shape)
