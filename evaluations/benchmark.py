@@ -512,6 +512,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogFormatter
 
+    class Minor(LogFormatter):  # where it has a label, the plain number: 0.006 and not 6e-03
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
     done = [row for row in record["rows"] if row.get("summary")]
     whole = bool(done) and all("whole_image" in row["summary"] for row in done)
@@ -528,7 +532,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_minor_formatter(Minor(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         axes.set_xticks(sizes, sizes)
         axes.set_xlabel("images in a batch")
         axes.grid(alpha=0.3, which="both")
