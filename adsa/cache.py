@@ -68,7 +68,8 @@ class LayerCache:
     def _decodes_in_parts(self) -> bool:
         """Whether integers become keys and values a few rows at a time, attended to while a CPU's caches hold them.
 
-        That takes a tenth of the time of all rows at once. A compiler makes one operation of both by itself.
+        For 64 rows that takes a tenth of the time of all at once. A compiler makes one operation of both by itself; weights
+        of attention are noted for all rows together.
         """
         slots = self.slots
         if slots.config.dtype not in CODECS or slots.device.type != "cpu" or torch.compiler.is_compiling():
@@ -113,7 +114,7 @@ class LayerCache:
         self.enter(k, v)
         self._note(q)
         found, first = [], self.rows.start
-        for part in self.slots.chunks(k.shape[1] * self._end * k.shape[3], self.slots.batch, few_passes=True):
+        for part in self.slots.chunks(k.shape[1] * self._end * k.shape[3], self.slots.batch, once=True):
             found.append(self._attended(q[part], *self.held(slice(first + part.start, first + part.stop))))
         return torch.cat(found)
 
@@ -190,14 +191,18 @@ class LayerCache:
             ``[B, 1 or H, 1 or S, C + N]`` to add to the scores, or None.
 
         Raises:
-            ValueError: for too many tokens at once, before the condition, beyond ``max_tokens``, or if the layers
-                don't take their tokens in step.
+            ValueError: as :meth:`enter`.
         """
         self.enter(k, v)
         return self._selection() if self.slots.selects and self.slots.count > self.slots.budget else self.held()
 
     def enter(self, k: Tensor, v: Tensor) -> None:
-        """:meth:`update`, but for what there is to attend to. For policies that see neither attention nor queries."""
+        """Take in image tokens as :meth:`update` does, and leave all that attention is for to the caller.
+
+        Raises:
+            ValueError: for too many tokens at once, before the condition, beyond ``max_tokens``, or if the layers
+                don't take their tokens in step.
+        """
         slots, tokens = self.slots, k.shape[2]
         most = 1 if slots.order is None else slots.order.width
         if not self._has_condition or not 1 <= tokens <= most:

@@ -25,11 +25,11 @@ class CacheConfig:
         prefix: n, how many of the first image tokens always stay. None: the policy's default for the budget.
         local: m, how many of the most recent always stay, the newest included. None: likewise.
         granularity: "head" if each attention head chooses for itself, "layer" if the heads of a layer choose together,
-            by their V side by side. The paper leaves it open; measured (results/sweeps, results/headtohead/parts), ADSA
-            loses less by "layer", by a quarter at 256 of 576 tokens, and adsa_plus twice as much.
+            by their V side by side. The paper leaves it open. By "layer", what adsa costs is less by a quarter at 256
+            of 576 tokens (results/sweeps), and what adsa_plus costs at 96 is twice as much (results/headtohead/parts).
         mode: "evict" (what leaves is gone, memory is bounded by the budget; the paper's tables) or "select" (the whole
             history stays in memory, and the choice is made anew: a token left out can come back. Each step copies the
-            chosen keys and values together. Measured, that is worse).
+            chosen keys and values together. With adsa, results are worse: results/sweeps).
         renew_every: how many steps one ranking serves; 1 is the paper, and 8 are as good (results/sweeps). None: the
             policy's default, where the budget allows.
         merge: merge what leaves into the nearest key of those that stay, other than the last line's: the mean of both,

@@ -26,6 +26,8 @@ ARRIVAL_BITS = 18
 MOST_TOKENS = (1 << ARRIVAL_BITS) - 1  # image tokens that can be told apart
 CLOSE = 2.0**-10  # keys nearer than this are as good as equal; less is lost in a product's rounding, TF32's above all
 BUCKET = 64  # slots; of a fixed cache that is not full, steps look at the next multiple
+# Numbers that are worked on at a time, see Slots.chunks.
+IN_CACHE, IN_LAST_CACHE, ON_GPU = 2**18, 2**20, 2**25
 _NEVER = 1 << 62  # more than any rank; added, since masked_fill is several times as slow on a CPU
 
 
@@ -404,7 +406,7 @@ class Slots:
         whole = store.dtype == self.similarity.total.dtype or self.similarity.fused
         as_is = whole and self.config.dtype not in CODECS
         heads, dim = self.similarity.total.shape[1:]
-        parts = self.chunks(heads * self.filled * (1 if as_is else dim), few_passes=True)
+        parts = self.chunks(heads * self.filled * (1 if as_is else dim), once=True)
         return torch.cat([self.similarity.score(store.read(first, end, rows), rows) for rows in parts])
 
     @property
@@ -465,16 +467,16 @@ class Slots:
             mask = mask | (arrivals == held)
         return mask
 
-    def chunks(self, numbers: int, rows: int | None = None, *, few_passes: bool = False) -> list[slice]:
+    def chunks(self, numbers: int, rows: int | None = None, *, once: bool = False) -> list[slice]:
         """Rows in parts: as many as a CPU's caches hold, or on a GPU as are little beside a model.
 
         Args:
             numbers: that a row takes.
             rows: how many; None: those of all layers.
-            few_passes: over the numbers: more of them then cost less than more parts.
+            once: the numbers are written and read once, so that a CPU may have them in its last cache.
         """
         rows = self.layers * self.batch if rows is None else rows
-        most = 2**25 if self.device.type != "cpu" else 2**20 if few_passes else 2**18
+        most = ON_GPU if self.device.type != "cpu" else IN_LAST_CACHE if once else IN_CACHE
         step = min(rows, max(1, most // numbers))
         return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 

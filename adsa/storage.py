@@ -60,10 +60,10 @@ class Int4:
 
     def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         pairs, low, step = parts
-        wide = _wide(low)
-        x = torch.empty(*pairs.shape[:-1], 2 * pairs.shape[-1], dtype=wide.dtype, device=pairs.device)
+        low, step = _wide(low), _wide(step)
+        x = torch.empty(*pairs.shape[:-1], 2 * pairs.shape[-1], dtype=low.dtype, device=pairs.device)
         x[..., ::2], x[..., 1::2] = pairs >> 4, pairs & 15
-        x = x.unflatten(-1, (low.shape[-1], -1)).mul_(_wide(step).unsqueeze(-1)).add_(wide.unsqueeze(-1))
+        x = x.unflatten(-1, (low.shape[-1], -1)).mul_(step.unsqueeze(-1)).add_(low.unsqueeze(-1))
         return x.flatten(-2).to(dtype)
 
 

@@ -146,17 +146,20 @@ def cache_config(name: str, room: int, tokens: int) -> "CacheConfig":
     """
     from adsa import CacheConfig
     from adsa.policies import POLICIES
+    from adsa.storage import CODECS
     from autoregressive.sample.options import OptionError
 
-    plain, _, dtype = name.partition(ZIPAR)[0].partition("-kv")
-    if dtype not in ("", "int8", "int4"):
-        raise OptionError(f"{name!r}: caches of integers are -kvint8 and -kvint4")
-    if plain in ("dense", "full"):
-        return CacheConfig("full", dtype=dtype or None)
-    parts = re.fullmatch(r"(.+?)-(\d+)(?:-renew(\d+))?", plain)
+    name = name.partition(ZIPAR)[0]
+    integers = f"(?:-kv({'|'.join(CODECS)}))?"
+    if dense := re.fullmatch(f"(?:dense|full){integers}", name):
+        return CacheConfig("full", dtype=dense[1])
+    parts = re.fullmatch(rf"(.+?)-(\d+)(?:-renew(\d+))?{integers}", name)
     if not parts or parts[1] not in POLICIES or parts[1] == "full":
-        policies = ", ".join(policy for policy in POLICIES if policy != "full")
-        raise OptionError(f"{name!r} is neither dense nor POLICY-BUDGET or POLICY-BUDGET-renewN; policies: {policies}")
+        raise OptionError(
+            f"{name!r} is neither dense nor POLICY-BUDGET or POLICY-BUDGET-renewN, with or without "
+            f"{' or '.join(f'-kv{codec}' for codec in CODECS)} behind; policies: "
+            f"{', '.join(policy for policy in POLICIES if policy != 'full')}"
+        )
     if room < int(parts[2]) < tokens:
         raise OptionError(
             f"{name} would not be full when it is timed, with these --tokens and --steps: the largest "
@@ -164,7 +167,7 @@ def cache_config(name: str, room: int, tokens: int) -> "CacheConfig":
         )
     try:
         every = int(parts[3]) if parts[3] else None
-        return CacheConfig(parts[1], int(parts[2]), renew_every=every, dtype=dtype or None)
+        return CacheConfig(parts[1], int(parts[2]), renew_every=every, dtype=parts[4])
     except ValueError as error:
         raise OptionError(f"{name}: {error}") from None
 

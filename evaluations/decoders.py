@@ -83,7 +83,8 @@ class Decoder:
     def vector_bytes(self) -> float:
         """Of a key, or of a value, as the cache holds it."""
         dim, dtype = self.model.config.head_dim, self.model.tok_embeddings.weight.dtype
-        codec = CODECS.get(self.config.dtype if self.config else None, Plain())
+        config = self.cache if isinstance(self, HF) else self.config
+        codec = CODECS.get(config.dtype if isinstance(config, CacheConfig) else None, Plain())
         return sum(part.nbytes for part in codec.encode(torch.zeros(dim, dtype=dtype)))
 
 
@@ -479,7 +480,7 @@ class Stepper:
 
         Only where :attr:`Decoder.splits`.
         """
-        spans: dict[str, list[Clock]] = {"selection": [], "cache": [], "attend": [], "head": [], "step": []}
+        spans: dict[str, list[Clock]] = {key: [] for key in ("advance", "chosen", "cache", "attend", "head", "step")}
 
         def timed(name: str, function: Callable) -> Callable:
             def call(*args):
@@ -499,9 +500,11 @@ class Stepper:
         hook = self.model.output.register_forward_pre_hook(head)
         slots = dict.fromkeys(layer.slots for layer in self.kv.layers if hasattr(layer, "slots"))  # upstream has none
         for each in slots:
-            each.advance, each.chosen = timed("selection", each.advance), timed("selection", each.chosen)
+            each.advance, each.chosen = timed("advance", each.advance), timed("chosen", each.chosen)
+        takes = "enter" if slots else "update"
         for layer in self.kv.layers:
-            layer.update, layer.attend = timed("cache", layer.update), timed("attend", layer.attend)
+            setattr(layer, takes, timed("cache", getattr(layer, takes)))
+            layer.attend = timed("attend", layer.attend)
         try:
             for _ in range(steps):
                 whole = Clock(self.device)
@@ -513,14 +516,15 @@ class Stepper:
         finally:
             hook.remove()
             for layer in self.kv.layers:
-                del layer.update, layer.attend
+                delattr(layer, takes)
+                del layer.attend
             for each in slots:
                 del each.advance, each.chosen
         spent = {name: sum(sum(clock.seconds()) for clock in clocks) / steps for name, clocks in spans.items()}
         return {
-            "selection": spent["selection"],
-            "cache writes": spent["cache"] - spent["selection"],
-            "attention": spent["attend"] - spent["cache"],
+            "selection": spent["advance"] + spent["chosen"],
+            "cache writes": spent["cache"] - spent["advance"],
+            "attention": spent["attend"] - spent["cache"] - spent["chosen"],
             "head and sampling": spent["head"],
             "projections and FFN": spent["step"] - spent["attend"] - spent["head"],
         }

@@ -6,6 +6,15 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+EXPECTED = (
+    ("builtins", "OSError"),
+    ("torch", "OutOfMemoryError"),
+    ("autoregressive.sample.options", "OptionError"),
+    ("autoregressive.models.checkpoint", "CheckpointError"),
+    ("autoregressive.sample.run_folder", "RunError"),
+    ("tokenizer.tokenizer_text.encoder", "TextEncoderError"),
+)
+
 
 def guarded(main: Callable[[], None]) -> NoReturn:
     """Run a script's main function and end the process: expected errors as one message, and never a hang.
@@ -37,16 +46,12 @@ def guarded(main: Callable[[], None]) -> NoReturn:
 
 
 def _expected(error: Exception) -> str | None:
-    """What to say of an error that tells its cause and a way out; None: of one that nobody foresaw."""
-    import torch
+    """What to say of an error that tells its cause and a way out; None: of one that nobody foresaw.
 
-    from autoregressive.models.checkpoint import CheckpointError
-    from autoregressive.sample.options import OptionError
-    from autoregressive.sample.run_folder import RunError
-    from tokenizer.tokenizer_text.encoder import TextEncoderError
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{error}; fewer images at a time need less (in a job: --per-proc-batch-size)"
-    if isinstance(error, OptionError | CheckpointError | TextEncoderError | RunError | OSError):
-        return str(error)
+    Imports nothing: a class that isn't there yet can't have been raised.
+    """
+    for module, kind in EXPECTED:
+        if isinstance(error, getattr(sys.modules.get(module), kind, ())):
+            advice = "; fewer images at a time need less (in a job: --per-proc-batch-size)" if module == "torch" else ""
+            return f"{error}{advice}"
     return None

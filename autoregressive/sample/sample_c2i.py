@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run with these arguments; None: the process's own."""
     defaults = Options(sampling=SamplingOptions(cfg_scale=4.0, top_k=2000))  # LlamaGen's for this script
     options = parse_options(defaults, argv, script="grid", description=DESCRIPTION, examples=EXAMPLES)
-    import torch  # this and what brings it takes a second, which --help doesn't wait for
+    import torch  # here, as it takes a second, which --help need not wait for
 
     from autoregressive.sample.grid import sample_grid, start_grid
     from autoregressive.sample.labels import Classes, require_classes

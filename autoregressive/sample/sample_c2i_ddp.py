@@ -32,7 +32,7 @@ examples:
 def job(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """What :func:`run_job` is to be called with, for these arguments; no model is read yet. None: the process's own."""
     options = parse_options(Options(), argv, script="job", description=DESCRIPTION, examples=EXAMPLES)
-    import torch  # this and what brings it takes a second, which --help doesn't wait for
+    import torch  # here, as it takes a second, which --help need not wait for
 
     from autoregressive.sample.job import run_name, run_settings, start_processes
     from autoregressive.sample.labels import Classes, assign, require_classes

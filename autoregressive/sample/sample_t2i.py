@@ -28,7 +28,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with these arguments; None: the process's own."""
     options = parse_options(Options.text_to_image(), argv, script="grid", description=DESCRIPTION, examples=EXAMPLES)
-    from autoregressive.sample.grid import sample_grid, start_grid  # torch comes with it: --help doesn't wait for that
+    # Here, as torch comes with it, which takes a second, and --help need not wait for that.
+    from autoregressive.sample.grid import sample_grid, start_grid
     from autoregressive.sample.prompts import read_prompts, require_text, tell
     from autoregressive.sample.sampler import Blueprint
     from autoregressive.sample.text import TextConditions, told_left_out

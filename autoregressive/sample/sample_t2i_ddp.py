@@ -34,7 +34,7 @@ examples:
 def job(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """What :func:`run_job` is to be called with, for these arguments; no model is read yet. None: the process's own."""
     options = parse_options(Options.text_to_image(), argv, script="job", description=DESCRIPTION, examples=EXAMPLES)
-    # With these comes torch, which takes a second; --help doesn't wait for it.
+    # Here, as torch comes with it, which takes a second, and --help need not wait for that.
     from autoregressive.sample.job import run_name, run_settings, start_processes
     from autoregressive.sample.prompts import read_prompts, require_text, tell
     from autoregressive.sample.run_folder import RunFolder, npy_bytes

@@ -12,18 +12,25 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from scipy.optimize import nnls  # noqa: E402
 
+from adsa.config import DTYPES  # noqa: E402
+from autoregressive.models.gpt import GPT_models  # noqa: E402
 from autoregressive.sample.entry import guarded  # noqa: E402
 from autoregressive.sample.options import OptionError, shown  # noqa: E402
 from evaluations import markdown  # noqa: E402
-from evaluations.paper.report import plt, save_plot, styles  # noqa: E402
+from evaluations.paper.figure9 import weight_bytes  # noqa: E402
+from evaluations.paper.report import plt, save_plot  # noqa: E402
 from tokenizer.files import atomic_file  # noqa: E402
+from tokenizer.tokenizer_image.vq_model import VQ_models  # noqa: E402
 
 DESCRIPTION = """\
 What a smaller cache is worth where memory is full: steps that scripts/benchmark.sh has timed at two batch sizes or
 more, carried on to the largest batch that fits. The time of a step is taken as a part that is the same for all batches
-and one that grows with the images; the batch is what weights and cache leave room for, without activations. What is
-beyond the largest batch timed is computed, not measured, and marked as such."""
+and one that grows with the images; the batch is what weights (of a registered size with the tokenizer's, else of the
+layers) and cache leave room for, without activations. Other batches than those timed are computed, not measured, and
+marked as such."""
 DEVICES_GB = (8, 24, 48, 80)  # of 10^9 bytes
 
 
@@ -59,11 +66,12 @@ class Line:
 
 
 def lines_of(record: dict[str, Any]) -> list[Line]:
-    """Of the table.json of a benchmark: caches that were timed at two batch sizes or more, the dense one first.
+    """Of the table.json of a benchmark: caches that were timed at two batch sizes or more.
 
     Raises:
         OptionError: there are none.
     """
+    weights = weights_of(record)
     timed: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
         turns = list(row["turns"].values())
@@ -76,19 +84,25 @@ def lines_of(record: dict[str, Any]) -> list[Line]:
             continue
         images = np.array([row["images"] for row in rows])
         seconds = np.array([row["summary"]["step_ms"]["p50"] / 1000 for row in rows])
-        # Of relative errors, so that small batches count as well; neither part can be negative.
-        each, fixed = np.polyfit(images, seconds, 1, w=1 / seconds)
-        if fixed < 0:
-            each, fixed = float(np.mean(seconds / images)), 0.0
-        elif each < 0:
-            each, fixed = 0.0, float(np.mean(seconds))
+        # Least squares of relative errors, so that small batches count as well, without negative parts.
+        each, fixed = nnls(np.stack([images, np.ones_like(images)], 1) / seconds[:, None], np.ones_like(seconds))[0]
         turn = next(iter(rows[-1]["turns"].values()))
-        numbers = turn["demand"]["weight_bytes"], rows[-1]["summary"]["cache_bytes"] / rows[-1]["images"], fixed, each
+        beside, per_image = turn["demand"]["weight_bytes"], rows[-1]["summary"]["cache_bytes"] / rows[-1]["images"]
         rates = [row["summary"]["steady_images_per_second"] for row in rows]
-        found.append(Line(cache, images.tolist(), rates, turn["steps"], *map(float, numbers)))
+        fit = float(fixed), float(each)
+        found.append(Line(cache, images.tolist(), rates, turn["steps"], weights or beside, per_image, *fit))
     if not found:
         raise OptionError("no cache was timed at two batch sizes: give scripts/benchmark.sh --batches 1 16 64")
     return found
+
+
+def weights_of(record: dict[str, Any]) -> int | None:
+    """Bytes of a registered size and the tokenizer in float32, as in Figure 9; None: it is not registered."""
+    if record["model"] not in GPT_models:
+        return None
+    with torch.device("meta"):
+        gpt = GPT_models[record["model"]](block_size=record["settings"]["tokens"])
+        return weight_bytes(gpt.to(DTYPES[record["settings"]["dtype"]])) + weight_bytes(VQ_models["VQ-16"]())
 
 
 def table(lines: Sequence[Line]) -> str:
@@ -107,9 +121,8 @@ def table(lines: Sequence[Line]) -> str:
 def draw(lines: Sequence[Line], title: str, path: Path) -> None:
     """Measured points, and dashed what is computed, with a mark where a device is full."""
     figure, axes = plt.subplots(figsize=(8, 5))
-    look = styles(line.cache for line in lines)
-    for line in lines:
-        color = look[line.cache]["color"]
+    for number, line in enumerate(lines):
+        color = f"C{number}"
         axes.plot(line.images, line.rates, "o-", color=color, markersize=4, label=line.cache)
         most = max(line.images[-1], line.fits(DEVICES_GB[-1] * 1e9))
         beyond = np.geomspace(line.images[0], most, 60)

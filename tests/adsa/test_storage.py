@@ -5,7 +5,6 @@ import torch
 
 from adsa import CacheConfig, KVCache, LayerCache
 from adsa.policies import POLICIES
-from adsa.slots import Slots
 from adsa.storage import CODECS, Plain, Storage
 
 from .test_cache import TOKENS, WAYS, B, D, H, config, layer, run, stream
@@ -94,27 +93,41 @@ def test_a_cache_of_integers_is_the_cache_of_what_they_stand_for(way, name):
 
 
 @pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("policy", ["full", "adsa", "adsa_plus", "streaming"])
-def test_rows_are_decoded_in_parts(policy, name, monkeypatch):
-    """Of two layers, with groups of queries and padding: one row at a time, or all at once."""
+def test_rows_are_decoded_in_parts(policy, fixed, name, monkeypatch):
+    """Of two layers, with groups of queries, padding and a row that leaves: one row at a time, or all at once."""
     cfg = CacheConfig("full", dtype=name) if policy == "full" else config(policy, dtype=name, merge=None)
     streams = [stream(heads=2 * H, condition=3, seed=seed) for seed in range(2)]
     valid = torch.tensor([[True] * 3, [False, True, True], [False, False, True]])
     shape = {"batch": B, "n_kv_head": H, "n_head": 2 * H, "head_dim": D, "condition_tokens": 3, "max_tokens": TOKENS}
-    chunks, found = Slots.chunks, {}
-    one_by_one = [slice(row, row + 1) for row in range(B)]
-    monkeypatch.setattr(Slots, "chunks", lambda *of, **how: one_by_one if len(of) == 3 else chunks(*of, **how))
-    for apart in (False, True):
-        monkeypatch.setattr(LayerCache, "_decodes_in_parts", apart)
-        kv = KVCache(cfg, n_layer=2, dtype=torch.float64, device="cpu", valid=valid, **shape)
-        steps = [slice(0, 3), *(slice(t, t + 1) for t in range(3, 3 + TOKENS))]
-        found[apart] = [
-            layer.attend(*(x[:, :, step] for x in of_layer))
-            for step in steps
-            for layer, of_layer in zip(kv.layers, streams, strict=True)
-        ]
-    for mine, whole in zip(found[True], found[False], strict=True):
+    monkeypatch.setattr("adsa.slots.IN_LAST_CACHE", 1)
+
+    def outputs():
+        kv, rows = KVCache(cfg, n_layer=2, dtype=torch.float64, device="cpu", valid=valid, fixed=fixed, **shape), B
+        for step in [slice(0, 3), *(slice(t, t + 1) for t in range(3, 3 + TOKENS))]:
+            if step.start == 30:
+                rows = B - 1
+                kv.keep_rows(rows)
+            for one, of_layer in zip(kv.layers, streams, strict=True):
+                yield one.attend(*(x[:rows, :, step] for x in of_layer))
+        assert kv.layers[1]._decodes_in_parts == apart
+
+    apart = True
+    in_parts = list(outputs())
+    monkeypatch.setattr(LayerCache, "_decodes_in_parts", apart := False)
+    for mine, whole in zip(in_parts, outputs(), strict=True):
         torch.testing.assert_close(mine, whole, atol=1e-12, rtol=0)
+
+
+def test_decoding_in_parts_is_for_integers():
+    found = {
+        (policy, dtype, mode): layer(config(policy, dtype=dtype, mode=mode))._decodes_in_parts
+        for policy in ("adsa", "h2o")
+        for dtype in (None, "int8")
+        for mode in ("evict", "select")
+    }
+    assert [key for key, apart in found.items() if apart] == [("adsa", "int8", "evict")]
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -186,6 +186,18 @@ def test_a_language_models_shape():
     assert (model.config.ffn_dim, model.config.head_dim, model.output.out_features) == (5632, 128, 16384)
 
 
+def test_caches_of_integers(tiny, tmp_path):
+    flags = ["--caches", "adsa-12", "adsa-12-kvint8", "--hf", "adsa-12-kvint8", "--batches", "1", "--breakdown"]
+    plain, ours, theirs = benched(tmp_path, *flags)["rows"]
+    floats = plain["summary"]["kv_bytes"] / 4
+    vectors = floats / (SHAPE["dim"] // SHAPE["n_head"])
+    for row in (ours, theirs):
+        assert row["summary"]["kv_bytes"] == floats + 2 * vectors, row["cache"]
+        ratio = row["turns"]["0"]["demand"]["kv_bytes"] / plain["turns"]["0"]["demand"]["kv_bytes"]
+        assert ratio == pytest.approx(row["summary"]["kv_bytes"] / plain["summary"]["kv_bytes"])
+    assert min(ours["summary"]["breakdown_ms"].values()) > 0
+
+
 def test_quantised(tiny, tmp_path):
     flags = ["--caches", "dense", "adsa-12", "--quantize", "int8", "--batches", "1", "--upstream", "--hf"]
     record = benched(tmp_path, *flags, "--whole-image")
@@ -281,7 +293,7 @@ def test_cache_names():
     [
         (
             ["--caches", "adsaa-12"],
-            "'adsaa-12' is neither dense nor POLICY-BUDGET or POLICY-BUDGET-renewN; policies: adsa",
+            "'adsaa-12' is neither dense nor POLICY-BUDGET or POLICY-BUDGET-renewN, with or without -kvint8 or -kvint4",
         ),
         (["--hf", "h2o-12"], "--hf h2o-12: cache policy 'h2o'"),
         (["--hf", "statics"], "'statics' is neither"),
@@ -293,7 +305,8 @@ def test_cache_names():
         (["--quantize", "int4"], "invalid choice: 'int4'"),
         (["--caches", "adsa-30"], "the largest budget is 28"),
         (["--caches", "adsa-12-renew12"], "renew_every 12 is too large"),
-        (["--caches", "adsa-12-kvint2"], "caches of integers are -kvint8 and -kvint4"),
+        (["--caches", "adsa-12-kv"], "'adsa-12-kv' is neither"),
+        (["--caches", "dense-kvint2"], "'dense-kvint2' is neither"),
         (["--model", "GPT-Tin"], "did you mean GPT-Tiny"),
         (["--gpt-ckpt", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--tokens", "35"], "a perfect square"),

@@ -70,6 +70,15 @@ def test_greedy_and_other_windows_equal_brute_force(window, cfg_scale):
     assert tokens.tolist() == expected(model, choice, "head", cfg_scale, None, window)
 
 
+def test_integers_are_decoded_in_parts(monkeypatch):
+    """A pass of several tokens, some hidden from others: one row of the batch at a time, or all at once."""
+    options = {"cfg_scale": 1.5, "cache": CacheConfig("adsa", 20, dtype="int8"), "zipar_window": 2}
+    options["seeds"] = torch.tensor([5, 6, 7])
+    whole = generate(tiny(), torch.tensor(LABELS), TOKENS, **options)
+    monkeypatch.setattr("adsa.slots.IN_LAST_CACHE", 1)
+    assert generate(tiny(), torch.tensor(LABELS), TOKENS, **options).equal(whole)
+
+
 def test_the_window_changes_the_image():
     model, seeds = tiny(), torch.arange(3)
     made = [

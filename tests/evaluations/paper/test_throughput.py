@@ -23,8 +23,8 @@ def record():
     rows += [row("adsa-9", n, 0.01 + 0.001 * n, GB // 2) for n in (1, 16)]
     rows += [row("falling", 1, 0.02), row("falling", 16, 0.01), row("through 0", 1, 0.01), row("through 0", 2, 0.03)]
     rows += [row("once", 1, 0.01), row("zipar", 1, 0.01, demand=False), row("zipar", 4, 0.01, demand=False)]
-    told = {"model": "GPT-X", "settings": {"dtype": "bf16"}, "command": "some command", "machine": "a machine"}
-    return told | {"rows": rows}
+    about = {"model": "GPT-X", "settings": {"dtype": "bf16", "tokens": 576}}
+    return about | {"command": "some command", "machine": "a machine", "rows": rows}
 
 
 def test_lines(record):
@@ -33,8 +33,13 @@ def test_lines(record):
     assert (dense.fixed, dense.each, adsa.each) == pytest.approx((0.01, 0.002, 0.001))
     assert [dense.fits(gb * GB) for gb in (1, 8, 24)] == [0, 6, 22] and adsa.fits(8 * GB) == 12
     assert dense.rate(22) == pytest.approx(22 / (100 * (0.01 + 0.002 * 22)))
-    assert (falling.each, through.fixed) == (0, 0)
-    assert through.each == pytest.approx(0.0125)
+    assert (falling.each, through.fixed) == pytest.approx((0, 0))
+    assert through.each == pytest.approx((100 + 200 / 3) / (100**2 + (200 / 3) ** 2))
+
+
+def test_weights_are_those_of_figure9(record):
+    (line, *_) = throughput.lines_of(record | {"model": "GPT-XL"})
+    assert line.weights == 2 * 774_699_520 + 4 * 71_948_939
 
 
 def test_report(record, tmp_path, capsys):
