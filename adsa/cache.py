@@ -68,8 +68,8 @@ class LayerCache:
     def _decodes_in_parts(self) -> bool:
         """Whether integers become keys and values a few rows at a time, attended to while a CPU's caches hold them.
 
-        For 64 rows that takes a tenth of the time of all at once. A compiler makes one operation of both by itself; weights
-        of attention are noted for all rows together.
+        For 64 rows that takes a tenth of the time of all at once. A compiler makes one operation of both by itself;
+        weights of attention are noted for all rows together.
         """
         slots = self.slots
         if slots.config.dtype not in CODECS or slots.device.type != "cpu" or torch.compiler.is_compiling():
