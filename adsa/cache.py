@@ -113,10 +113,12 @@ class LayerCache:
             return self.attend_to(q, *self.update(k, v))
         self.enter(k, v)
         self._note(q)
-        found, first = [], self.rows.start
-        for part in self.slots.chunks(k.shape[1] * self._end * k.shape[3], self.slots.batch, once=True):
-            found.append(self._attended(q[part], *self.held(slice(first + part.start, first + part.stop))))
-        return torch.cat(found)
+        first = self.rows.start
+
+        def attended(part: slice) -> Tensor:
+            return self._attended(q[part], *self.held(slice(first + part.start, first + part.stop)))
+
+        return self.slots.in_parts(attended, k.shape[1] * self._end * k.shape[3], self.slots.batch, once=True)
 
     def attend_to(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Attention to what :meth:`update` returned, by the queries of the tokens that it took in.

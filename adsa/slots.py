@@ -6,7 +6,7 @@ the selection costs a few operations a step, however many layers there are.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -406,8 +406,8 @@ class Slots:
         whole = store.dtype == self.similarity.total.dtype or self.similarity.fused
         as_is = whole and self.config.dtype not in CODECS
         heads, dim = self.similarity.total.shape[1:]
-        parts = self.chunks(heads * self.filled * (1 if as_is else dim), once=True)
-        return torch.cat([self.similarity.score(store.read(first, end, rows), rows) for rows in parts])
+        numbers = heads * self.filled * (1 if as_is else dim)
+        return self.in_parts(lambda rows: self.similarity.score(store.read(first, end, rows), rows), numbers, once=True)
 
     @property
     def _featured(self) -> Storage:
@@ -422,16 +422,19 @@ class Slots:
         if self._due(tokens):
             self._taken = 0
             score = self.policy.score(self)
-            found = torch.cat([self._least(score, rows) for rows in self.chunks(self.groups * self.filled)])
+            found = self.in_parts(lambda rows: self._least(score, rows), self.groups * self.filled)
             if self._ranking is None:
                 self._taken = 1
                 return found, None
             self._ranking.copy_(found)
             if self.merges:
                 leave = torch.zeros_like(self.arrivals, dtype=torch.bool).scatter_(2, found, True)
-                parts = self.chunks(self._into[0].numel() * self.filled)
-                nearest = [self.distances(found[rows], rows, leave[rows]).argmin(-1) for rows in parts]
-                self._into.copy_(torch.cat(nearest))
+                self._into.copy_(
+                    self.in_parts(
+                        lambda rows: self.distances(found[rows], rows, leave[rows]).argmin(-1),
+                        self._into[0].numel() * self.filled,
+                    )
+                )
         taken = slice(self._taken, self._taken + tokens)
         self._taken += tokens
         return self._ranking[:, :, taken], self._into[:, :, taken] if self.merges else None
@@ -467,18 +470,32 @@ class Slots:
             mask = mask | (arrivals == held)
         return mask
 
-    def chunks(self, numbers: int, rows: int | None = None, *, once: bool = False) -> list[slice]:
-        """Rows in parts: as many as a CPU's caches hold, or on a GPU as are little beside a model.
+    def in_parts(
+        self, function: Callable[[slice], Tensor], numbers: int, rows: int | None = None, *, once: bool = False
+    ) -> Tensor:
+        """``function`` of all rows, a part of them at a time: as many as a CPU's caches hold, or on a GPU as are little
+        beside a model.
 
         Args:
+            function: of some rows -> ``[as many, ...]``.
             numbers: that a row takes.
             rows: how many; None: those of all layers.
             once: the numbers are written and read once, so that a CPU may have them in its last cache.
         """
         rows = self.layers * self.batch if rows is None else rows
         most = ON_GPU if self.device.type != "cpu" else IN_LAST_CACHE if once else IN_CACHE
-        step = min(rows, max(1, most // numbers))
-        return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+        step = max(1, most // numbers)
+        if step >= rows:
+            return function(slice(0, rows))
+        found = None
+        for first in range(0, rows, step):
+            part = slice(first, min(first + step, rows))
+            made = function(part)
+            # Not a list of parts, which would lie where the next part's numbers were to go: glibc then gets new pages
+            # for these each time, which takes several times as long as all the rest.
+            found = made.new_empty(rows, *made.shape[1:]) if found is None else found
+            found[part] = made
+        return found
 
     def distances(self, slots: Tensor, rows: slice, leave: Tensor) -> Tensor:
         """How unlike tokens are to those that they may be merged into: squares of distances between keys.

@@ -36,7 +36,7 @@ class AdsaPlus(Policy):
 
     def score(self, layer) -> Tensor:
         numbers = layer.queries.queries[0, :, :, 0].numel() * (layer.condition_slots + layer.filled)
-        return torch.cat([self._worth(layer, rows) for rows in layer.chunks(numbers)])
+        return layer.in_parts(lambda rows: self._worth(layer, rows), numbers)
 
     @staticmethod
     def _worth(layer, rows: slice) -> Tensor:
