@@ -26,7 +26,7 @@ ARRIVAL_BITS = 18
 MOST_TOKENS = (1 << ARRIVAL_BITS) - 1  # image tokens that can be told apart
 CLOSE = 2.0**-10  # keys nearer than this are as good as equal; less is lost in a product's rounding, TF32's above all
 BUCKET = 64  # slots; of a fixed cache that is not full, steps look at the next multiple
-# Numbers that are worked on at a time, see Slots.chunks.
+# Numbers that are worked on at a time, see Slots.in_parts.
 IN_CACHE, IN_LAST_CACHE, ON_GPU = 2**18, 2**20, 2**25
 _NEVER = 1 << 62  # more than any rank; added, since masked_fill is several times as slow on a CPU
 
