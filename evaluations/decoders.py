@@ -45,6 +45,7 @@ class Decoder:
         self.name, self.model, self.config, self.records = name, model, config, records
         self.splits = not records  # whether the parts of a step can be told apart
         self.budget = config.budget if config else None
+        self.codec = CODECS.get(config.dtype if config else None, Plain())
 
     def new_cache(self, rows: int, tokens: int) -> Any:
         """An empty cache. ``rows``: both halves of guidance included."""
@@ -83,9 +84,7 @@ class Decoder:
     def vector_bytes(self) -> float:
         """Of a key, or of a value, as the cache holds it."""
         dim, dtype = self.model.config.head_dim, self.model.tok_embeddings.weight.dtype
-        config = self.cache if isinstance(self, HF) else self.config
-        codec = CODECS.get(config.dtype if isinstance(config, CacheConfig) else None, Plain())
-        return sum(part.nbytes for part in codec.encode(torch.zeros(dim, dtype=dtype)))
+        return sum(part.nbytes for part in self.codec.encode(torch.zeros(dim, dtype=dtype)))
 
 
 class ZipAR(Decoder):
@@ -306,7 +305,7 @@ class HF(Decoder):
         super().__init__(name, model)
         self.cache, self.splits = cache, False
         if isinstance(cache, CacheConfig):
-            self.budget = cache.budget
+            self.budget, self.codec = cache.budget, CODECS.get(cache.dtype, Plain())
 
     def new_cache(self, rows: int, tokens: int) -> HFCache:
         """Raises ValueError for a policy that needs attention of its own."""

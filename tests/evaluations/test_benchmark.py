@@ -293,7 +293,8 @@ def test_cache_names():
     [
         (
             ["--caches", "adsaa-12"],
-            "'adsaa-12' is neither dense nor POLICY-BUDGET or POLICY-BUDGET-renewN, with or without -kvint8 or -kvint4",
+            "'adsaa-12' is neither dense nor POLICY-BUDGET or POLICY-BUDGET-renewN, with or without -kvint8 or -kvint4 "
+            "behind; policies: adsa",
         ),
         (["--hf", "h2o-12"], "--hf h2o-12: cache policy 'h2o'"),
         (["--hf", "statics"], "'statics' is neither"),
