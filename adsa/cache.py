@@ -11,7 +11,7 @@ empty. :mod:`adsa.slots` names the victims, for all layers at once.
 Nothing here waits for the device: victims are tensors, and the host only counts steps.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from torch import Tensor
 from adsa.config import CacheConfig
 from adsa.order import Order
 from adsa.slots import Slots, fold_bias
-from adsa.storage import CODECS
 
 
 class LayerCache:
@@ -65,16 +64,15 @@ class LayerCache:
         return self.slots.stored_v.read(self.slots.condition_slots, self._end, self.rows)
 
     @property
-    def _decodes_in_parts(self) -> bool:
-        """Whether integers become keys and values a few rows at a time, attended to while a CPU's caches hold them.
+    def _weighs(self) -> bool:
+        """Whether attention is two products with a softmax between, and not PyTorch's fused operation.
 
-        For 64 rows that takes a tenth of the time of all at once. A compiler makes one operation of both by itself;
-        weights of attention are noted for all rows together.
+        It is where its weights are wanted. And on a CPU, whose fused one takes up to three times as long for a single
+        query in half precision, and half as long again in float32; a compiler has its own.
         """
-        slots = self.slots
-        if slots.config.dtype not in CODECS or slots.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        return slots.attention is None and not slots.selects
+        if self.slots.attention is not None:
+            return True
+        return self.slots.device.type == "cpu" and not torch.compiler.is_compiling()
 
     @property
     def _end(self) -> int:
@@ -108,17 +106,13 @@ class LayerCache:
                 )
             mask = self._condition_mask(q)
             self.insert_condition(k, v)
-            return _attention(q, k, v, mask)
-        if not self._decodes_in_parts:
+            return _fused_attention(q, k, v, mask)
+        if self.slots.selects or not self._weighs:
             return self.attend_to(q, *self.update(k, v))
         self.enter(k, v)
         self._note(q)
-        first = self.rows.start
-
-        def attended(part: slice) -> Tensor:
-            return self._attended(q[part], *self.held(slice(first + part.start, first + part.stop)))
-
-        return self.slots.in_parts(attended, k.shape[1] * self._end * k.shape[3], self.slots.batch, once=True)
+        first, wide = self.rows.start, self.slots.wide
+        return self._weighed(q, self._end, lambda part: self.held(slice(first + part.start, first + part.stop), wide))
 
     def attend_to(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Attention to what :meth:`update` returned, by the queries of the tokens that it took in.
@@ -127,18 +121,16 @@ class LayerCache:
         ``q`` and the result: ``[B, Hq, S, D]``, in the dtype of ``q``.
         """
         self._note(q)
-        return self._attended(q, keys, values, bias)
+        if not self._weighs:
+            bias = None if bias is None else bias.to(self.slots.wide)
+            return _fused_attention(q.to(keys.dtype), keys, values, bias).to(q.dtype)
+        shared = bias is None or len(bias) == 1  # by all rows
+        return self._weighed(q, keys.shape[2], lambda part: (keys[part], values[part], bias if shared else bias[part]))
 
     def _note(self, q: Tensor) -> None:
         """What the policy wants to know of queries."""
         if self.slots.queries is not None:
             self.slots.queries.add(self.count, self.slots.clock, q, self.rows)
-
-    def _attended(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is not None and bias.dtype != self.slots.wide:
-            bias = bias.to(self.slots.wide)
-        attend = _attention if self.slots.attention is None else self._watched_attention
-        return attend(q.to(keys.dtype), keys, values, bias).to(q.dtype)
 
     def insert_condition(self, k: Tensor, v: Tensor) -> None:
         """Store condition tokens, folded into one slot if the config says so. ``k``, ``v``: ``[B, H, T, D]``.
@@ -261,10 +253,15 @@ class LayerCache:
         end = slots.condition_slots + slots.filled if self._has_condition else self.condition_came
         return slots.stored_k.read(0, end, rows), slots.stored_v.read(0, end, rows)
 
-    def held(self, rows: slice | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and bias of all that is here, as :meth:`update` returns them; of some of its rows, or of all."""
+    def held(self, rows: slice | None = None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and bias of all that is here, as :meth:`update` returns them.
+
+        Args:
+            rows: some of its rows; None: all.
+            dtype: what integers become; None: the model's.
+        """
         rows = self.rows if rows is None else rows
-        keys, values, bias = self.slots.held(rows)
+        keys, values, bias = self.slots.held(rows, dtype)
         if (hidden := self.slots.hidden) is not None:
             bias = hidden[rows] if bias is None else hidden[rows] + bias
         return keys, values, bias
@@ -280,23 +277,46 @@ class LayerCache:
         bias = None if slots.bias is None else slots.bias[..., : index.shape[2]]  # image slots all have bias 0
         return slots.stored_k.pick(index), slots.stored_v.pick(index), bias
 
-    def _watched_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """Attention of the tokens that came in last, whose weights go on record. Shapes as in :meth:`attend`."""
-        slots = self.slots
-        wide = slots.attention.weights.dtype  # as in the fused kernels: rounded scores would be off by percents
-        queries, shared = q.shape[2], q.shape[1] // k.shape[1]
-        q = q.unflatten(1, (k.shape[1], shared)).flatten(2, 3).to(wide)  # [B, H, Hq / H * S, D]
-        scores = (q @ k.to(wide).mT * q.shape[-1] ** -0.5).unflatten(2, (shared, queries))
-        if bias is not None:
-            scores = scores + bias.unsqueeze(2)
-        weights = scores.softmax(-1)  # [B, H, Hq / H, S, C + N]
+    def _weighed(self, q: Tensor, length: int, read: Callable[[slice], tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+        """Attention of the tokens that came in last, in float32 or wider. Rounded scores would be off by percents.
+
+        A CPU makes keys and values of half precision or integers wide a few rows at a time, while its caches hold them.
+
+        Args:
+            q: as of :meth:`attend`.
+            length: slots.
+            read: keys, values and bias of some rows, as :meth:`update` returns them.
+        """
+        slots, of = self.slots, self.slots.stored_k
+        where, self._seen = self._seen, None
+        heads, wide = of.heads, torch.promote_types(of.dtype, torch.float32)
+        queries, shared = q.shape[2], q.shape[1] // heads
+        scaled = q.unflatten(1, (heads, shared)).flatten(2, 3).to(wide) * q.shape[-1] ** -0.5  # [B, H, Hq / H * S, D]
+
+        def attended(part: slice) -> Tensor:
+            keys, values, bias = read(part)
+            scores = (scaled[part] @ keys.to(wide).mT).unflatten(2, (shared, queries))
+            if bias is not None:
+                scores = scores + bias.unsqueeze(2)
+            weights = scores.softmax(-1)  # [rows, H, Hq / H, S, C + N]
+            if slots.attention is not None:
+                self._note_weights(weights, None if where is None else where[part], part)
+            out = weights.flatten(2, 3).to(slots.wide) @ values.to(slots.wide)
+            return out.unflatten(2, (shared, queries)).flatten(1, 2).to(q.dtype)
+
+        if slots.device.type != "cpu" or torch.compiler.is_compiling() or of.parts[0].dtype == wide:
+            return attended(slice(0, slots.batch))
+        return slots.in_parts(attended, heads * length * q.shape[3], slots.batch, once=True)
+
+    def _note_weights(self, weights: Tensor, where: Tensor | None, part: slice) -> None:
+        """Put weights on record, ``[rows, H, Hq / H, S, C + N]`` of this part of the rows."""
+        slots, first, queries = self.slots, self.rows.start, weights.shape[3]
         seen = weights[..., slots.condition_slots :].sum(2)
         if slots.groups == 1:
             seen = seen.sum(1, keepdim=True)
-        where, self._seen = self._seen, None
+        rows = slice(first + part.start, first + part.stop)
         for index, of_query in enumerate(seen.unbind(2)):
-            slots.attention.add(slots.clock, queries - index, of_query, where, self.rows)
-        return (weights.flatten(2, 3).to(v.dtype) @ v).unflatten(2, (shared, queries)).flatten(1, 2)
+            slots.attention.add(slots.clock, queries - index, of_query, where, rows)
 
     def _condition_mask(self, q: Tensor) -> Tensor | None:
         """bool ``[B, 1, T, T]``: causal, padding seen by nobody but itself. None if there is nothing to mask."""
@@ -421,7 +441,7 @@ class KVCache:
             slots.keep_rows(rows)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     shared = q.shape[1] // k.shape[1]
     if shared > 1 and bias is not None and bias.ndim == 4 and bias.shape[1] > 1:
         bias = bias.repeat_interleave(shared, dim=1)

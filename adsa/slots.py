@@ -264,16 +264,16 @@ class Slots:
             lengths[place // self.columns] += 1
         return torch.tensor(lengths).to(self.device)
 
-    def held(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+    def held(self, rows: slice, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of all that is here, ``[rows, H, C + N, D]``, condition first, and what is added to scores.
 
-        The last is ``[rows, 1 or H, 1, C + N]`` or None.
+        The last is ``[rows, 1 or H, 1, C + N]`` or None. ``dtype``: what integers become; None: the model's.
         """
         end = self.condition_slots + (self.filled if self._empty is None else self._bound(self.filled))
         bias = None if self.bias is None else self.bias[rows, ..., :end]
         if self._empty is not None:
             bias = self._empty if bias is None else bias + self._empty
-        return self.stored_k.read(0, end, rows), self.stored_v.read(0, end, rows), bias
+        return self.stored_k.read(0, end, rows, dtype), self.stored_v.read(0, end, rows, dtype), bias
 
     # A step: tokens of all layers come in.
 

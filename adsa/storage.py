@@ -96,8 +96,8 @@ class Storage:
     """
 
     def __init__(self, codec: Codec, shape: tuple[int, int, int, int], dtype: torch.dtype, device):
-        self.codec, self.dtype = codec, dtype
         batch, heads, slots, dim = shape
+        self.codec, self.heads, self.dtype = codec, heads, dtype
         like = codec.encode(torch.zeros(1, dim, dtype=dtype, device=device))
         self.parts = [part.new_zeros(batch, heads, slots, part.shape[-1]) for part in like]
 
@@ -116,14 +116,17 @@ class Storage:
             else:
                 part.scatter_(2, slot.unsqueeze(-1).expand_as(new), new)
 
-    def read(self, first: int, end: int, rows: slice = ALL) -> Tensor:
-        """Slots ``first`` to before ``end``, ``[B, H, end - first, D]``; a view, where that is possible."""
-        return self.codec.decode(tuple(part[rows, :, first:end] for part in self.parts), self.dtype)
+    def read(self, first: int, end: int, rows: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
+        """Slots ``first`` to before ``end``, ``[B, H, end - first, D]``; a view, where that is possible.
+
+        ``dtype``: what integers become; None: what they were made of.
+        """
+        return self.codec.decode(tuple(part[rows, :, first:end] for part in self.parts), dtype or self.dtype)
 
     def pick(self, slots: Tensor) -> Tensor:
         """Those that each row and head names. ``slots``: int64 ``[B, 1 or H, M]`` -> ``[B, H, M, D]``."""
-        index, heads = slots.unsqueeze(-1), self.parts[0].shape[1]
-        picked = [part.gather(2, index.expand(-1, heads, -1, part.shape[-1])) for part in self.parts]
+        index = slots.unsqueeze(-1)
+        picked = [part.gather(2, index.expand(-1, self.heads, -1, part.shape[-1])) for part in self.parts]
         return self.codec.decode(tuple(picked), self.dtype)
 
     def to(self, device: torch.device | str) -> None:

@@ -229,15 +229,19 @@ def build_model(args: argparse.Namespace, device: "torch.device", dtype: "torch.
 def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
     """All that are timed, in the order of the table."""
     from adsa import CacheConfig
+    from autoregressive.models.packed import pack, packs
     from autoregressive.models.quantize import quantize
     from autoregressive.sample.options import OptionError
     from evaluations.decoders import HF, Decoder, HFModel, Upstream, ZipAR
 
+    weight = model.output.weight
     models: list[Any] = [model]
+    if packs(weight.device, weight.dtype) and not args.compile:
+        models.append(pack(copy.deepcopy(model)))  # others read the weights as they are
     found: list[Decoder] = []
     if args.quantize:
+        found.append(Decoder("dense", models[-1], CacheConfig("full")))
         models.append(quantize(copy.deepcopy(model)))
-        found.append(Decoder("dense", model, CacheConfig("full")))
     for name in args.caches:
         told = f"{name} {args.quantize}" if args.quantize else name
         if window := zipar_window(name, args.tokens):

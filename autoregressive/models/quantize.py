@@ -1,6 +1,7 @@
 """int8 weights: half of bf16's memory. A step of few rows waits for the weights, so that it can be faster on a CPU."""
 
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +57,13 @@ def quantize(model: Transformer) -> Transformer:
     Returns:
         The same model.
     """
+    return replace_linear_layers(model, Int8Linear)
+
+
+def replace_linear_layers(model: Transformer, make: Callable[[nn.Linear], nn.Module]) -> Transformer:
+    """Put what `make` makes of a linear layer in its place, in the blocks and for the head; the same model."""
     for parent in [model, *model.layers.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(child))
+                setattr(parent, name, make(child))
     return model

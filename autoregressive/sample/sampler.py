@@ -18,6 +18,7 @@ from adsa import CacheConfig, KVCache
 from autoregressive.models.checkpoint import load_model, read_state_dict
 from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
+from autoregressive.models.packed import pack, packs
 from autoregressive.models.quantize import quantize
 from autoregressive.models.recorded import RecordedSteps
 from autoregressive.sample.options import ROOT, ModelOptions, OptionError, Options, near, shown
@@ -94,13 +95,16 @@ class Blueprint:
         return self.grid**2
 
     def load_gpt(self, device: torch.device) -> Transformer:
-        """:attr:`gpt` with its weights, in the options' precision, and quantised if they say so. To be called once.
+        """:attr:`gpt` with its weights, ready for inference, in the options' precision. To be called once.
 
         Raises:
             CheckpointError: the weights can't be read or don't fit.
         """
-        model = load_model(self.gpt, self.options.gpt_ckpt, device=device, dtype=PRECISIONS[self.options.precision])
-        return quantize(model) if self.options.quantize else model
+        dtype = PRECISIONS[self.options.precision]
+        model = load_model(self.gpt, self.options.gpt_ckpt, device=device, dtype=dtype)
+        if self.options.quantize:
+            return quantize(model)
+        return pack(model) if packs(device, dtype) and not self.options.compile else model
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Name, size and hash of both checkpoints, by their option."""

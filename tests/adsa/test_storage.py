@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from adsa import CacheConfig, KVCache, LayerCache
+from adsa import CacheConfig, KVCache
 from adsa.policies import POLICIES
 from adsa.storage import CODECS, Plain, Storage
 
@@ -92,42 +93,55 @@ def test_a_cache_of_integers_is_the_cache_of_what_they_stand_for(way, name):
     torch.testing.assert_close(run(layer(integers), q, k, v), expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("policy", ["full", "adsa", "adsa_plus", "streaming"])
-def test_rows_are_decoded_in_parts(policy, fixed, name, monkeypatch):
+@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float64) for name in CODECS), (None, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("policy", "mode"),
+    [
+        *(
+            (policy, mode)
+            for policy in ("full", "adsa", "adsa_plus", "h2o", "streaming")
+            for mode in ("evict", "fixed")
+        ),
+        *((policy, "select") for policy in ("adsa", "h2o", "streaming")),
+    ],
+)
+def test_attention_by_parts(policy, mode, name, dtype, monkeypatch):
     """Of two layers, with groups of queries, padding and a row that leaves: one row at a time, or all at once."""
-    cfg = CacheConfig("full", dtype=name) if policy == "full" else config(policy, dtype=name, merge=None)
+    how = {"dtype": name, **({"mode": mode} if mode == "select" else {})}
+    cfg = CacheConfig("full", **how) if policy == "full" else config(policy, merge=None, **how)
     streams = [stream(heads=2 * H, condition=3, seed=seed) for seed in range(2)]
     valid = torch.tensor([[True] * 3, [False, True, True], [False, False, True]])
     shape = {"batch": B, "n_kv_head": H, "n_head": 2 * H, "head_dim": D, "condition_tokens": 3, "max_tokens": TOKENS}
-    monkeypatch.setattr("adsa.slots.IN_LAST_CACHE", 1)
 
     def outputs():
-        kv, rows = KVCache(cfg, n_layer=2, dtype=torch.float64, device="cpu", valid=valid, fixed=fixed, **shape), B
+        kv = KVCache(cfg, n_layer=2, dtype=dtype, device="cpu", valid=valid, fixed=mode == "fixed", **shape)
+        rows = B
         for step in [slice(0, 3), *(slice(t, t + 1) for t in range(3, 3 + TOKENS))]:
             if step.start == 30:
                 rows = B - 1
                 kv.keep_rows(rows)
             for one, of_layer in zip(kv.layers, streams, strict=True):
-                yield one.attend(*(x[:rows, :, step] for x in of_layer))
-        assert kv.layers[1]._decodes_in_parts == apart
+                yield one.attend(*(x[:rows, :, step].to(dtype) for x in of_layer))
 
-    apart = True
-    in_parts = list(outputs())
-    monkeypatch.setattr(LayerCache, "_decodes_in_parts", apart := False)
-    for mine, whole in zip(in_parts, outputs(), strict=True):
-        torch.testing.assert_close(mine, whole, atol=1e-12, rtol=0)
+    whole = list(outputs())
+    monkeypatch.setattr("adsa.slots.IN_LAST_CACHE", 1)
+    for mine, expected in zip(outputs(), whole, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-12 if name else 0, rtol=0)
 
 
-def test_decoding_in_parts_is_for_integers():
-    found = {
-        (policy, dtype, mode): layer(config(policy, dtype=dtype, mode=mode))._decodes_in_parts
-        for policy in ("adsa", "h2o")
-        for dtype in (None, "int8")
-        for mode in ("evict", "select")
-    }
-    assert [key for key, apart in found.items() if apart] == [("adsa", "int8", "evict")]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [None, *CODECS])
+def test_attention_is_wide(name, dtype):
+    """Scores, weights and sums are of float32 or wider: the result is rounded once."""
+    cache = layer(CacheConfig("full", dtype=name), dtype=dtype)
+    for q, k, v in zip(*(x.to(dtype).split(1, dim=2) for x in stream()), strict=True):
+        out = cache.attend(q, k, v)
+    assert out.dtype == dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    keys, values, _ = cache.held(dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(q.double(), keys.double(), values.double())
+    error = (out.double() - expected).abs()
+    assert (error <= torch.finfo(dtype).eps / 2 * expected.abs() + 8 * torch.finfo(wide).eps).all()
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -114,8 +114,9 @@ def test_sampled_with_llamagens_draw(name, key, options, request, captions, monk
     """The draw is our own, so that images don't depend on their batch; with LlamaGen's in its place, its tokens."""
     monkeypatch.setattr("autoregressive.models.generate.draw", lambda probs, _: probs.multinomial(1).squeeze(-1))
     cond, masks = captions if name == "t2i" else (torch.tensor([3, 7]), None)
+    model = request.getfixturevalue(name)  # may be made only now, from random numbers
     torch.manual_seed(0)
-    tokens = generate(request.getfixturevalue(name), cond, 16, masks, seeds=torch.arange(2), **options)
+    tokens = generate(model, cond, 16, masks, seeds=torch.arange(2), **options)
     assert tokens.tolist() == GOLDEN[f"{name}_tiny"][key]
 
 
