@@ -111,8 +111,17 @@ class LayerCache:
             return self.attend_to(q, *self.update(k, v))
         self.enter(k, v)
         self._note(q)
-        first, wide = self.rows.start, self.slots.wide
-        return self._weighed(q, self._end, lambda part: self.held(slice(first + part.start, first + part.stop), wide))
+        slots, first = self.slots, self.rows.start
+        compares = slots.device.type == "cpu" and not torch.compiler.is_compiling() and slots.compares
+
+        def read(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+            rows = slice(first + part.start, first + part.stop)
+            keys, values, bias = self.held(rows, slots.wide)
+            if compares:
+                slots.compare(rows, keys, values)
+            return keys, values, bias
+
+        return self._weighed(q, self._end, read, compares)
 
     def attend_to(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Attention to what :meth:`update` returned, by the queries of the tokens that it took in.
@@ -258,7 +267,7 @@ class LayerCache:
 
         Args:
             rows: some of its rows; None: all.
-            dtype: what integers become; None: the model's.
+            dtype: of keys and values; None: the model's.
         """
         rows = self.rows if rows is None else rows
         keys, values, bias = self.slots.held(rows, dtype)
@@ -277,7 +286,13 @@ class LayerCache:
         bias = None if slots.bias is None else slots.bias[..., : index.shape[2]]  # image slots all have bias 0
         return slots.stored_k.pick(index), slots.stored_v.pick(index), bias
 
-    def _weighed(self, q: Tensor, length: int, read: Callable[[slice], tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+    def _weighed(
+        self,
+        q: Tensor,
+        length: int,
+        read: Callable[[slice], tuple[Tensor, Tensor, Tensor | None]],
+        compares: bool = False,
+    ) -> Tensor:
         """Attention of the tokens that came in last, in float32 or wider. Rounded scores would be off by percents.
 
         A CPU makes keys and values of half precision or integers wide a few rows at a time, while its caches hold them.
@@ -286,6 +301,7 @@ class LayerCache:
             q: as of :meth:`attend`.
             length: slots.
             read: keys, values and bias of some rows, as :meth:`update` returns them.
+            compares: whether that does more with them.
         """
         slots, of = self.slots, self.slots.stored_k
         where, self._seen = self._seen, None
@@ -304,7 +320,7 @@ class LayerCache:
             out = weights.flatten(2, 3).to(slots.wide) @ values.to(slots.wide)
             return out.unflatten(2, (shared, queries)).flatten(1, 2).to(q.dtype)
 
-        if slots.device.type != "cpu" or torch.compiler.is_compiling() or of.parts[0].dtype == wide:
+        if slots.device.type != "cpu" or torch.compiler.is_compiling() or (of.parts[0].dtype == wide and not compares):
             return attended(slice(0, slots.batch))
         return slots.in_parts(attended, heads * length * q.shape[3], slots.batch, once=True)
 

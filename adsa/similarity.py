@@ -63,14 +63,14 @@ class RunningSimilarity:
             square = square.sum(1, keepdim=True)
         return torch.where(square > 0, square.rsqrt(), square)
 
-    def add(self, slot: int | Tensor, v: Tensor) -> None:
-        """A token enters. ``slot``: int64 ``[B, G, 1]``, or one for all; ``v``: ``[B, H, 1, D]``."""
+    def add(self, slot: int | Tensor, v: Tensor, rows: slice = ALL) -> None:
+        """A token enters each of these rows. ``slot``: int64 ``[B, G, 1]``, or one for all; ``v``: ``[B, H, 1, D]``."""
         inverse = self._inverse_norm(v)
         if isinstance(slot, int):
-            self.inverse_norm[:, :, slot : slot + 1] = inverse
+            self.inverse_norm[rows, :, slot : slot + 1] = inverse
         else:
-            self.inverse_norm.scatter_(2, slot, inverse)
-        self.total += (v * inverse.unsqueeze(-1)).squeeze(2)
+            self.inverse_norm[rows].scatter_(2, slot, inverse)
+        self.total[rows] += (v * inverse.unsqueeze(-1)).squeeze(2)
 
     def remove(self, slot: Tensor, v: Tensor) -> None:
         """A token leaves. ``slot``: int64 ``[B, G, 1]``; ``v``: ``[B, H, 1, D]``, as it was added."""

@@ -136,6 +136,8 @@ class Slots:
         self.count = self.filled = 0
         self.clock = torch.zeros((), dtype=torch.int32, device=device)
         self.targets: list[int | Tensor] = []
+        self._similarities: Tensor | None = None  # those that compare found, of rows up to _compared
+        self._compared = 0
         self.hidden: Tensor | None = None
         # With an order: the places that tokens came to, {place: the arrival that holds it for another}, and what comes
         # next: {place: whether it is only held}.
@@ -267,7 +269,7 @@ class Slots:
     def held(self, rows: slice, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of all that is here, ``[rows, H, C + N, D]``, condition first, and what is added to scores.
 
-        The last is ``[rows, 1 or H, 1, C + N]`` or None. ``dtype``: what integers become; None: the model's.
+        The last is ``[rows, 1 or H, 1, C + N]`` or None. ``dtype``: of keys and values; None: the model's.
         """
         end = self.condition_slots + (self.filled if self._empty is None else self._bound(self.filled))
         bias = None if self.bias is None else self.bias[rows, ..., :end]
@@ -309,7 +311,7 @@ class Slots:
             raise ValueError(f"the cache was made for {self.capacity} image tokens, and this is one more")
         self._empty = None
         victims, into = self._victims(evicted) if evicted else (None, None)
-        self.targets = []
+        self.targets, self._similarities, self._compared = [], None, 0
         for arrival, held in zip(numbers.split(1), own, strict=True):
             if held is not None:  # takes over from the token that held its place
                 slot = (self.arrivals == held).long().argmax(-1, keepdim=True)
@@ -328,7 +330,7 @@ class Slots:
                 slot = self._target.copy_(slot)
             self.targets.append(slot)
             if self.similarity is not None:
-                self.similarity.remove(slot, self._featured.pick(slot + self.condition_slots))
+                self.similarity.remove(slot, self._featured.pick(slot + self.condition_slots, dtype=self.wide))
             if self.attention is not None:
                 self.attention.forget(slot)
             if self.merges:
@@ -378,6 +380,7 @@ class Slots:
             self.valid.copy_(valid)
         self.count = self.filled = 0
         self._taken, self.targets, self.hidden, self._empty = self.ranked, [], None, None
+        self._similarities, self._compared = None, 0
         self._came, self._held, self._coming = set(), {}, {}
         self.clock.zero_()
         for tensor in self.tensors().values():  # keys and values too: what is masked must not be NaN either
@@ -391,23 +394,62 @@ class Slots:
         """Count the tokens of the last step among those to be similar to. To be called when all layers have them."""
         if self.similarity is None:
             return
-        first = self.condition_slots
-        for slot in self.targets:
-            if isinstance(slot, int):
-                new = self._featured.read(first + slot, first + slot + 1)
-            else:
-                new = self._featured.pick(first + slot)
-            self.similarity.add(slot, new)
+        first, rows = self.condition_slots, slice(self._compared, self.layers * self.batch)
+        if rows.start < rows.stop:
+            self._similarities = None
+            for slot in self.targets:
+                if isinstance(slot, int):
+                    new = self._featured.read(first + slot, first + slot + 1, rows, self.wide)
+                else:
+                    slot = slot[rows]
+                    new = self._featured.pick(first + slot, rows, self.wide)
+                self.similarity.add(slot, new, rows)
         self.targets = []
+
+    @property
+    def compares(self) -> bool:
+        """Whether the next token will ask for :meth:`similarities`, and :meth:`compare` can be called before."""
+        if self.similarity is None or not self.evicts or self.order is not None or self.fixed:
+            return False
+        return self.filled == self.capacity and self._due(1)
+
+    def compare(self, rows: slice, keys: Tensor, values: Tensor) -> None:
+        """Find similarities while keys and values are at hand for attention, to read them from memory once.
+
+        Layers have their tokens by now, up to that of these rows: these are the next ones.
+
+        Args:
+            rows: these.
+            keys, values: of all slots, ``[rows, H, C + N, D]`` in the dtype of the sums.
+        """
+        if rows.start != self._compared:  # rows before these did without
+            return
+        x = (keys if self.policy.similarity_of == "k" else values)[:, :, self.condition_slots :]
+        (slot,) = self.targets
+        if isinstance(slot, int):
+            new = x[:, :, slot : slot + 1]
+        else:
+            slot = slot[rows]
+            new = x.gather(2, slot.unsqueeze(-1).expand(-1, x.shape[1], -1, x.shape[3]))
+        self.similarity.add(slot, new, rows)
+        found = self.similarity.score(x, rows)
+        if self._similarities is None:
+            self._similarities = found.new_empty(self.layers * self.batch, *found.shape[1:])
+        self._similarities[rows] = found
+        self._compared = rows.stop
 
     def similarities(self) -> Tensor:
         """s_i (Eq. 3) of what the policy compares, ``[R, G, N]``."""
+        if self._similarities is not None:
+            return self._similarities
         first, end, store = self.condition_slots, self.condition_slots + self.filled, self._featured
         whole = store.dtype == self.similarity.total.dtype or self.similarity.fused
         as_is = whole and self.config.dtype not in CODECS
         heads, dim = self.similarity.total.shape[1:]
         numbers = heads * self.filled * (1 if as_is else dim)
-        return self.in_parts(lambda rows: self.similarity.score(store.read(first, end, rows), rows), numbers, once=True)
+        return self.in_parts(
+            lambda rows: self.similarity.score(store.read(first, end, rows, self.wide), rows), numbers, once=True
+        )
 
     @property
     def _featured(self) -> Storage:
@@ -536,13 +578,13 @@ class Slots:
         both = torch.logaddexp(*numbers)  # [R, H, 1]
         share = (numbers[0] - both).exp().unsqueeze(-1)
         if self.similarity is not None:
-            self.similarity.remove(into, self._featured.pick(stays))
+            self.similarity.remove(into, self._featured.pick(stays, dtype=self.wide))
         for store in (self.stored_k, self.stored_v):
             old, new = store.pick(stays), store.pick(leaves)
             store.put(stays, old + (new - old) * share.to(old.dtype))
         self.bias.scatter_(3, stays.unsqueeze(2).expand(-1, heads, -1, -1), both.unsqueeze(3))
         if self.similarity is not None:
-            self.similarity.add(into, self._featured.pick(stays))
+            self.similarity.add(into, self._featured.pick(stays, dtype=self.wide))
         if self.attention is not None:
             self.attention.merge(slot, into)
 
@@ -601,6 +643,7 @@ class Slots:
         """Of each layer, keep these rows, in this order. ``rows``: int64 ``[n]``; one may stand there several times."""
         self.settle()
         self.targets, self.hidden = [], None
+        self._similarities, self._compared = None, 0
         self._memory += 1
 
         def kept(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Plain:
         return (x,)
 
     def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        return parts[0]
+        return parts[0].to(dtype)
 
 
 class Int8:
@@ -119,15 +119,17 @@ class Storage:
     def read(self, first: int, end: int, rows: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
         """Slots ``first`` to before ``end``, ``[B, H, end - first, D]``; a view, where that is possible.
 
-        ``dtype``: what integers become; None: what they were made of.
+        ``dtype``: of what comes out; None: of what goes in.
         """
         return self.codec.decode(tuple(part[rows, :, first:end] for part in self.parts), dtype or self.dtype)
 
-    def pick(self, slots: Tensor) -> Tensor:
-        """Those that each row and head names. ``slots``: int64 ``[B, 1 or H, M]`` -> ``[B, H, M, D]``."""
-        index = slots.unsqueeze(-1)
-        picked = [part.gather(2, index.expand(-1, self.heads, -1, part.shape[-1])) for part in self.parts]
-        return self.codec.decode(tuple(picked), self.dtype)
+    def pick(self, slots: Tensor, rows: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
+        """Those that each of these rows and head names. ``slots``: int64 ``[B, 1 or H, M]`` -> ``[B, H, M, D]``."""
+        index, picked = slots.unsqueeze(-1), []
+        for part in self.parts:
+            part = part[rows]
+            picked.append(part.gather(2, index.expand(-1, self.heads, -1, part.shape[-1])))
+        return self.codec.decode(tuple(picked), dtype or self.dtype)
 
     def to(self, device: torch.device | str) -> None:
         """Move all to a device, without waiting for it."""
