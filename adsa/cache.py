@@ -112,16 +112,21 @@ class LayerCache:
         self.enter(k, v)
         self._note(q)
         slots, first = self.slots, self.rows.start
-        compares = slots.device.type == "cpu" and not torch.compiler.is_compiling() and slots.compares
+        compares = slots.device.type == "cpu" and not torch.compiler.is_compiling() and slots.compares(self.rows)
+        if compares:
+            slots.join(self.rows)
 
         def read(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
             rows = slice(first + part.start, first + part.stop)
             keys, values, bias = self.held(rows, slots.wide)
             if compares:
-                slots.compare(rows, keys, values)
+                slots.multiply(rows, keys, values)
             return keys, values, bias
 
-        return self._weighed(q, self._end, read, compares)
+        out = self._weighed(q, self._end, read, compares)
+        if compares:
+            slots.compared(self.rows)
+        return out
 
     def attend_to(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Attention to what :meth:`update` returned, by the queries of the tokens that it took in.

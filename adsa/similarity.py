@@ -86,15 +86,21 @@ class RunningSimilarity:
         Returns:
             ``[B, G, N]`` in the dtype of the sums, rounded so that equal features have equal scores.
         """
-        count, tie = v.shape[2], TIE.get(v.dtype, TIE_SINGLE)
         if self.fused and not torch.compiler.is_compiling():
             from adsa import kernels  # needs Triton
 
-            return kernels.similarity(v, self.total[rows], self.inverse_norm[rows], tie)
+            return kernels.similarity(v, self.total[rows], self.inverse_norm[rows], TIE_SINGLE)
+        return self.finish(self.dots(v, rows), rows)
+
+    def dots(self, v: Tensor, rows: slice = ALL) -> Tensor:
+        """u_i . U * |v_i|, ``[B, G, N]``. ``v``: ``[B, H, N, D]``."""
         # In half precision a product is rounded to 8 or 11 bits, too few to rank by, and may overflow.
         dots = (self.total[rows].unsqueeze(2) @ v.to(self.total.dtype).mT).squeeze(2)
-        if self.joint:
-            dots = dots.sum(1, keepdim=True)
+        return dots.sum(1, keepdim=True) if self.joint else dots
+
+    def finish(self, dots: Tensor, rows: slice = ALL) -> Tensor:
+        """:meth:`score` of the first N tokens from their :meth:`dots`, in place."""
+        count, tie = dots.shape[2], TIE.get(dots.dtype, TIE_SINGLE)
         return dots.mul_(self.inverse_norm[rows, :, :count]).mul_(1 / (count * tie)).round_().mul_(tie)
 
     def tensors(self) -> dict[str, Tensor]:

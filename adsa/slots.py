@@ -136,7 +136,7 @@ class Slots:
         self.count = self.filled = 0
         self.clock = torch.zeros((), dtype=torch.int32, device=device)
         self.targets: list[int | Tensor] = []
-        self._similarities: Tensor | None = None  # those that compare found, of rows up to _compared
+        self._similarities: Tensor | None = None  # of rows up to _compared
         self._compared = 0
         self.hidden: Tensor | None = None
         # With an order: the places that tokens came to, {place: the arrival that holds it for another}, and what comes
@@ -394,48 +394,43 @@ class Slots:
         """Count the tokens of the last step among those to be similar to. To be called when all layers have them."""
         if self.similarity is None:
             return
-        first, rows = self.condition_slots, slice(self._compared, self.layers * self.batch)
+        rows = slice(self._compared, self.layers * self.batch)
         if rows.start < rows.stop:
             self._similarities = None
-            for slot in self.targets:
-                if isinstance(slot, int):
-                    new = self._featured.read(first + slot, first + slot + 1, rows, self.wide)
-                else:
-                    slot = slot[rows]
-                    new = self._featured.pick(first + slot, rows, self.wide)
-                self.similarity.add(slot, new, rows)
+            self.join(rows)
         self.targets = []
 
-    @property
-    def compares(self) -> bool:
-        """Whether the next token will ask for :meth:`similarities`, and :meth:`compare` can be called before."""
+    # Similarities can be found while attention has keys and values at hand, to read these from memory once. For each
+    # layer in turn, with its tokens in place: compares? join, multiply for all of its rows, compared.
+
+    def compares(self, rows: slice) -> bool:
+        """Whether the next token will ask for :meth:`similarities`, and those of a layer's rows can be found before."""
         if self.similarity is None or not self.evicts or self.order is not None or self.fixed:
             return False
-        return self.filled == self.capacity and self._due(1)
+        return self.filled == self.capacity and self._due(1) and rows.start == self._compared
 
-    def compare(self, rows: slice, keys: Tensor, values: Tensor) -> None:
-        """Find similarities while keys and values are at hand for attention, to read them from memory once.
+    def join(self, rows: slice) -> None:
+        """Count the new tokens of these rows among those to be similar to."""
+        first = self.condition_slots
+        for slot in self.targets:
+            if isinstance(slot, int):
+                new = self._featured.read(first + slot, first + slot + 1, rows, self.wide)
+            else:
+                slot = slot[rows]
+                new = self._featured.pick(first + slot, rows, self.wide)
+            self.similarity.add(slot, new, rows)
 
-        Layers have their tokens by now, up to that of these rows: these are the next ones.
-
-        Args:
-            rows: these.
-            keys, values: of all slots, ``[rows, H, C + N, D]`` in the dtype of the sums.
-        """
-        if rows.start != self._compared:  # rows before these did without
-            return
-        x = (keys if self.policy.similarity_of == "k" else values)[:, :, self.condition_slots :]
-        (slot,) = self.targets
-        if isinstance(slot, int):
-            new = x[:, :, slot : slot + 1]
-        else:
-            slot = slot[rows]
-            new = x.gather(2, slot.unsqueeze(-1).expand(-1, x.shape[1], -1, x.shape[3]))
-        self.similarity.add(slot, new, rows)
-        found = self.similarity.score(x, rows)
+    def multiply(self, rows: slice, keys: Tensor, values: Tensor) -> None:
+        """Of some of a layer's rows. ``keys``, ``values``: of all slots, ``[rows, H, C + N, D]``."""
+        # All, as a product of a part would be of a copy.
+        dots = self.similarity.dots(keys if self.policy.similarity_of == "k" else values, rows)
         if self._similarities is None:
-            self._similarities = found.new_empty(self.layers * self.batch, *found.shape[1:])
-        self._similarities[rows] = found
+            self._similarities = dots.new_empty(self.layers * self.batch, dots.shape[1], self.filled)
+        self._similarities[rows] = dots[..., self.condition_slots :]
+
+    def compared(self, rows: slice) -> None:
+        """All of a layer's rows are multiplied."""
+        self.similarity.finish(self._similarities[rows], rows)
         self._compared = rows.stop
 
     def similarities(self) -> Tensor:
