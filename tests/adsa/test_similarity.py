@@ -1,9 +1,13 @@
 import pytest
 import torch
 
+from adsa import KVCache
 from adsa.similarity import RunningSimilarity, mean_cosine_similarity
+from adsa.slots import Slots
 
-B, H, N, D = 2, 3, 10, 5
+from .test_cache import TOKENS, B, D, H, config, stream
+
+N = 10
 
 
 def test_definition():
@@ -51,3 +55,49 @@ def test_equal_features_tie(dtype):
     score = running.score(v)[0, 0]
     assert len({score[i].item() for i in (7, 50, 131, 299)}) == 1
     assert score.unique().numel() > 200
+
+
+@pytest.mark.parametrize(
+    ("dtype", "integers"), [(torch.float64, None), (torch.float64, "int8"), (torch.bfloat16, None)]
+)
+@pytest.mark.parametrize("granularity", ["head", "layer"])
+@pytest.mark.parametrize(("policy", "renew_every"), [("adsa", 1), ("adsa", 3), ("keydiff", 1), ("r_kv", 2)])
+def test_scores_are_found_while_attention_reads(policy, renew_every, granularity, integers, dtype, monkeypatch):
+    """As they are found later, layer by layer or for some layers alone, in parts or not, and with fewer rows midway."""
+    cfg = config(policy, granularity, renew_every=renew_every, dtype=integers)
+    streams = [stream(heads=2 * H, dtype=dtype, seed=seed) for seed in range(3)]
+    shape = {"batch": B, "n_kv_head": H, "n_head": 2 * H, "head_dim": D, "condition_tokens": 1, "max_tokens": TOKENS}
+    read = []
+
+    def score(slots):
+        before = slots._similarities
+        found = similarities(slots)
+        read.append(before is None)
+        return found
+
+    def outputs(attend):
+        """Which layers take tokens in and attend at once."""
+        kv, rows, made = KVCache(cfg, n_layer=3, dtype=dtype, device="cpu", **shape), B, []
+        read.clear()
+        for t in range(1 + TOKENS):
+            if t == 30:
+                rows = B - 1
+                kv.keep_rows(rows)
+            for one, at_once, of_layer in zip(kv.layers, attend, streams, strict=True):
+                q, k, v = (x[:rows, :, t : t + 1] for x in of_layer)
+                made.append(one.attend(q, k, v) if at_once or not t else one.attend_to(q, *one.update(k, v)))
+        return made
+
+    similarities = Slots.similarities
+    monkeypatch.setattr(Slots, "similarities", score)
+    apart = outputs([False] * 3)
+    assert all(read) and len(read) > 5
+    for part in (1, 2**20):
+        monkeypatch.setattr("adsa.slots.IN_LAST_CACHE", part)
+        for attend in ([True] * 3, [True, False, True], [False, True, True], [True, True, False]):
+            for mine, expected in zip(outputs(attend), apart, strict=True):
+                torch.testing.assert_close(mine, expected, atol=1e-9 if dtype == torch.float64 else 0.03, rtol=0)
+            if all(attend):
+                assert sum(read) == (renew_every == 1), "for the step before which a row has left, where it ranks"
+            else:
+                assert all(read)
