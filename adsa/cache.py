@@ -68,11 +68,9 @@ class LayerCache:
         """Whether attention is two products with a softmax between, and not PyTorch's fused operation.
 
         It is where its weights are wanted. And on a CPU, whose fused one takes up to three times as long for a single
-        query in half precision, and half as long again in float32; a compiler has its own.
+        query in half precision, up to half as long again in float32, and about as long for several.
         """
-        if self.slots.attention is not None:
-            return True
-        return self.slots.device.type == "cpu" and not torch.compiler.is_compiling()
+        return self.slots.attention is not None or self.slots.on_cpu
 
     @property
     def _end(self) -> int:
@@ -112,7 +110,7 @@ class LayerCache:
         self.enter(k, v)
         self._note(q)
         slots, first = self.slots, self.rows.start
-        compares = slots.device.type == "cpu" and not torch.compiler.is_compiling() and slots.compares(self.rows)
+        compares = slots.compares(self.rows)
         if compares:
             slots.join(self.rows)
 
@@ -272,7 +270,7 @@ class LayerCache:
 
         Args:
             rows: some of its rows; None: all.
-            dtype: of keys and values; None: the model's.
+            dtype: of keys and values; None: the cache's.
         """
         rows = self.rows if rows is None else rows
         keys, values, bias = self.slots.held(rows, dtype)
@@ -325,7 +323,7 @@ class LayerCache:
             out = weights.flatten(2, 3).to(slots.wide) @ values.to(slots.wide)
             return out.unflatten(2, (shared, queries)).flatten(1, 2).to(q.dtype)
 
-        if slots.device.type != "cpu" or torch.compiler.is_compiling() or (of.parts[0].dtype == wide and not compares):
+        if not slots.on_cpu or (of.parts[0].dtype == wide and not compares):
             return attended(slice(0, slots.batch))
         return slots.in_parts(attended, heads * length * q.shape[3], slots.batch, once=True)
 
@@ -419,11 +417,11 @@ class KVCache:
         return self.layers[0].slots.condition_slots
 
     def tensors(self) -> list[Tensor]:
-        """Everything allocated."""
+        """Everything that lasts from step to step, but for scores that one step may leave for the next."""
         return [tensor for slots in self._all for tensor in slots.tensors().values()]
 
     def nbytes(self) -> int:
-        """Bytes really allocated, by the storages behind the tensors, bookkeeping included."""
+        """Bytes really allocated for :meth:`tensors`, by the storages behind them, bookkeeping included."""
         storages = [tensor.untyped_storage() for tensor in self.tensors()]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 

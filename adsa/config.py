@@ -36,7 +36,8 @@ class CacheConfig:
             weighted by the tokens that they stand for, whose number is added to scores by its logarithm. Mode "evict"
             alone. None: the policy's default.
         dtype: of the cache: "fp32", "fp16", "bf16" or "fp64"; "int8" or "int4" for integers with scales
-            (:mod:`adsa.storage`), which are read as the model's dtype; None: that.
+            (:mod:`adsa.storage`), which are read as the model's dtype, or on a CPU's way to attention as float32; None:
+            the model's.
         fold_condition: hold text tokens, whose keys are zero in LlamaGen, as one slot that is exactly their sum. Only
             valid for models with such keys.
 
@@ -165,7 +166,7 @@ class CacheConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """What keys and values are read as; None: the model's."""
+        """What keys and values are held as; None: the model's, or integers that are read as such."""
         return DTYPES.get(self.dtype)
 
     def slots(self, max_tokens: int) -> int:

@@ -70,7 +70,7 @@ class RunningSimilarity:
             self.inverse_norm[rows, :, slot : slot + 1] = inverse
         else:
             self.inverse_norm[rows].scatter_(2, slot, inverse)
-        self.total[rows] += (v * inverse.unsqueeze(-1)).squeeze(2)
+        self.total[rows].add_((v * inverse.unsqueeze(-1)).squeeze(2))
 
     def remove(self, slot: Tensor, v: Tensor) -> None:
         """A token leaves. ``slot``: int64 ``[B, G, 1]``; ``v``: ``[B, H, 1, D]``, as it was added."""

@@ -147,7 +147,7 @@ class Slots:
 
         rows, joint = layers * batch, config.granularity == "layer"
         self.groups = 1 if joint else n_kv_head
-        # What is added to scores takes the queries' dtype, but on the CPU, whose kernels take float32 as well.
+        # What attention computes in: on a GPU in the fused kernels' dtype, which what is added to scores must have.
         self.wide = wide = torch.promote_types(dtype, torch.float32) if self.device.type == "cpu" else dtype
         self.condition_tokens = condition_tokens
         self.valid = None if valid is None else valid.to(device, torch.bool, copy=True)  # a reset writes into it
@@ -216,6 +216,11 @@ class Slots:
                 f"may go, and one ranking needs {self.ranked}"
             )
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU runs one operation after the other; a compiler finds its own way."""
+        return self.device.type == "cpu" and not torch.compiler.is_compiling()
+
     # What policies see: the image tokens now cached, N of them.
 
     @property
@@ -269,7 +274,7 @@ class Slots:
     def held(self, rows: slice, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of all that is here, ``[rows, H, C + N, D]``, condition first, and what is added to scores.
 
-        The last is ``[rows, 1 or H, 1, C + N]`` or None. ``dtype``: of keys and values; None: the model's.
+        The last is ``[rows, 1 or H, 1, C + N]`` or None. ``dtype``: of keys and values; None: the cache's.
         """
         end = self.condition_slots + (self.filled if self._empty is None else self._bound(self.filled))
         bias = None if self.bias is None else self.bias[rows, ..., :end]
@@ -405,9 +410,10 @@ class Slots:
 
     def compares(self, rows: slice) -> bool:
         """Whether the next token will ask for :meth:`similarities`, and those of a layer's rows can be found before."""
-        if self.similarity is None or not self.evicts or self.order is not None or self.fixed:
+        if self.similarity is None or not self.evicts or self.order is not None or self.fixed or not self.on_cpu:
             return False
-        return self.filled == self.capacity and self._due(1) and rows.start == self._compared
+        ranks = self.filled == self.capacity and self._due(1) and self.count < self.max_tokens
+        return ranks and rows.start == self._compared
 
     def join(self, rows: slice) -> None:
         """Count the new tokens of these rows among those to be similar to."""
@@ -616,7 +622,7 @@ class Slots:
     # As a thing that takes up memory.
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything allocated, by name."""
+        """Everything that lasts from step to step, by name."""
         named = {"bias": self.bias, "places": self._places, "arrivals": self._arrivals}
         named |= {"ranking": self._ranking, "into": self._into, "target": self._target}
         for record in (self.similarity, self.attention, self.queries):

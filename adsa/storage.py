@@ -90,7 +90,7 @@ class Storage:
     Args:
         codec: how they are written.
         shape: R, H, N, D.
-        dtype: of what goes in and comes out.
+        dtype: of what goes in, and comes out if no other is asked for.
         device: where.
     """
 
@@ -135,7 +135,7 @@ class Storage:
 
     def _vectors(self, part: Tensor, slots: Tensor) -> Tensor:
         """Numbers of these slots' vectors. On a CPU gather and scatter_ go number by number, up to 50 times as slow."""
-        first = part.shape[2] * torch.arange(part.shape[0] * self.heads).view(-1, self.heads, 1)
+        first = part.shape[2] * torch.arange(part.shape[0] * self.heads, device=part.device).view(-1, self.heads, 1)
         return (first + slots).flatten()
 
     def to(self, device: torch.device | str) -> None:

@@ -100,7 +100,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=at_least_two, default=40, metavar="N", help="timed steps of each turn (%(default)s)")
     add("--whole-image", action=switch, default=False, help="time whole decodes as well, one in each turn")
     add("--breakdown", action="store_true", help="time the parts of a step as well, in other steps")
-    add("--upstream", action="store_true", help="also LlamaGen's own way: the whole length allocated, under a mask")
+    told = "also LlamaGen's own way: the whole length allocated, under a mask; and linear layers that are PyTorch's"
+    add("--upstream", action="store_true", help=told)
     told = "also transformers' Llama with these caches, see below (default, if none follows: dynamic static)"
     add("--hf", nargs="*", metavar="CACHE", help=told)
     add("--trace", action="store_true", help=f"leave torch.profiler's trace of {TRACED} steps of each, in --output")
@@ -237,7 +238,8 @@ def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
     weight = model.output.weight
     models: list[Any] = [model]
     if packs(weight.device, weight.dtype) and not args.compile:
-        models.append(pack(copy.deepcopy(model)))  # others read the weights as they are
+        others = args.upstream or args.hf or args.quantize  # who take the weights as they are
+        models.append(pack(copy.deepcopy(model) if others else model))
     found: list[Decoder] = []
     if args.quantize:
         found.append(Decoder("dense", models[-1], CacheConfig("full")))

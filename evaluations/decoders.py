@@ -479,7 +479,8 @@ class Stepper:
 
         Only where :attr:`Decoder.splits`.
         """
-        spans: dict[str, list[Clock]] = {key: [] for key in ("advance", "chosen", "cache", "attend", "head", "step")}
+        names = ("advance", "chosen", "compare", "cache", "attend", "head", "step")
+        spans: dict[str, list[Clock]] = {name: [] for name in names}
 
         def timed(name: str, function: Callable) -> Callable:
             def call(*args):
@@ -500,6 +501,7 @@ class Stepper:
         slots = dict.fromkeys(layer.slots for layer in self.kv.layers if hasattr(layer, "slots"))  # upstream has none
         for each in slots:
             each.advance, each.chosen = timed("advance", each.advance), timed("chosen", each.chosen)
+            each.multiply, each.compared = timed("compare", each.multiply), timed("compare", each.compared)
         takes = "enter" if slots else "update"
         for layer in self.kv.layers:
             setattr(layer, takes, timed("cache", getattr(layer, takes)))
@@ -518,12 +520,12 @@ class Stepper:
                 delattr(layer, takes)
                 del layer.attend
             for each in slots:
-                del each.advance, each.chosen
+                del each.advance, each.chosen, each.multiply, each.compared
         spent = {name: sum(sum(clock.seconds()) for clock in clocks) / steps for name, clocks in spans.items()}
         return {
-            "selection": spent["advance"] + spent["chosen"],
+            "selection": spent["advance"] + spent["chosen"] + spent["compare"],
             "cache writes": spent["cache"] - spent["advance"],
-            "attention": spent["attend"] - spent["cache"] - spent["chosen"],
+            "attention": spent["attend"] - spent["cache"] - spent["chosen"] - spent["compare"],
             "head and sampling": spent["head"],
             "projections and FFN": spent["step"] - spent["attend"] - spent["head"],
         }

@@ -61,7 +61,7 @@ def quantize(model: Transformer) -> Transformer:
 
 
 def replace_linear_layers(model: Transformer, make: Callable[[nn.Linear], nn.Module]) -> Transformer:
-    """Put what `make` makes of a linear layer in its place, in the blocks and for the head; the same model."""
+    """Put what ``make`` makes of a linear layer in its place, in the blocks and for the head; the same model."""
     for parent in [model, *model.layers.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):

@@ -171,3 +171,10 @@ def test_put_writes_where_each_row_and_head_says(dtype, heads):
             expected[1 + row, head, slot[row, head % heads, 0]] = new[row, head, 0]
     store.put(slot, new, slice(1, 3))
     assert store.parts[0].equal(expected)
+
+
+def test_a_default_device_is_not_the_caches():
+    q, k, v = stream(dtype=torch.float32)
+    expected = run(layer(config("adsa"), dtype=torch.float32), q, k, v)
+    with torch.device("meta"):
+        assert torch.equal(run(layer(config("adsa"), dtype=torch.float32), q, k, v), expected)
