@@ -417,7 +417,7 @@ class KVCache:
         return self.layers[0].slots.condition_slots
 
     def tensors(self) -> list[Tensor]:
-        """Everything that lasts from step to step, but for scores that one step may leave for the next."""
+        """Everything that grows with rows or slots and lasts, but for scores that one step may leave for the next."""
         return [tensor for slots in self._all for tensor in slots.tensors().values()]
 
     def nbytes(self) -> int:

@@ -136,6 +136,7 @@ class Slots:
         self.count = self.filled = 0
         self.clock = torch.zeros((), dtype=torch.int32, device=device)
         self.targets: list[int | Tensor] = []
+        self._room: dict[bool, Tensor] = {}  # for keys and for values, see _read
         self._similarities: Tensor | None = None  # of rows up to _compared
         self._compared = 0
         self.hidden: Tensor | None = None
@@ -274,13 +275,30 @@ class Slots:
     def held(self, rows: slice, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of all that is here, ``[rows, H, C + N, D]``, condition first, and what is added to scores.
 
-        The last is ``[rows, 1 or H, 1, C + N]`` or None. ``dtype``: of keys and values; None: the cache's.
+        The last is ``[rows, 1 or H, 1, C + N]`` or None. ``dtype``: of keys and values; None: the cache's. Those of
+        another dtype may be overwritten by what is read next.
         """
         end = self.condition_slots + (self.filled if self._empty is None else self._bound(self.filled))
         bias = None if self.bias is None else self.bias[rows, ..., :end]
         if self._empty is not None:
             bias = self._empty if bias is None else bias + self._empty
-        return self.stored_k.read(0, end, rows, dtype), self.stored_v.read(0, end, rows, dtype), bias
+        return self._read(self.stored_k, 0, end, rows, dtype), self._read(self.stored_v, 0, end, rows, dtype), bias
+
+    def _read(self, store: Storage, first: int, end: int, rows: slice, dtype: torch.dtype | None) -> Tensor:
+        """As :meth:`Storage.read`, but that a CPU makes numbers wide in the same memory again and again.
+
+        An allocator may give such memory back each time, so that the system clears new pages for the next: five times
+        the work of attention.
+        """
+        if not self.on_cpu or dtype != self.wide:
+            return store.read(first, end, rows, dtype)
+        room = self._room.get(store is self.stored_k)
+        if room is None:
+            one_row = store.heads * store.parts[0].shape[2] * store.dim
+            with torch.inference_mode(False):  # it may be written to outside of that as well
+                room = torch.empty(max(IN_LAST_CACHE, one_row), dtype=dtype, device=self.device)
+            self._room[store is self.stored_k] = room
+        return store.read(first, end, rows, dtype, room)
 
     # A step: tokens of all layers come in.
 
@@ -449,7 +467,7 @@ class Slots:
         heads, dim = self.similarity.total.shape[1:]
         numbers = heads * self.filled * (1 if as_is else dim)
         return self.in_parts(
-            lambda rows: self.similarity.score(store.read(first, end, rows, self.wide), rows), numbers, once=True
+            lambda rows: self.similarity.score(self._read(store, first, end, rows, self.wide), rows), numbers, once=True
         )
 
     @property
@@ -622,7 +640,7 @@ class Slots:
     # As a thing that takes up memory.
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that lasts from step to step, by name."""
+        """Everything that grows with rows or slots and lasts, by name."""
         named = {"bias": self.bias, "places": self._places, "arrivals": self._arrivals}
         named |= {"ranking": self._ranking, "into": self._into, "target": self._target}
         for record in (self.similarity, self.attention, self.queries):

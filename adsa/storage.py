@@ -1,5 +1,6 @@
 """How keys and values lie in memory: as numbers of the model, or as integers with a scale."""
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,7 +15,9 @@ class Codec(Protocol):
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]: ...
 
-    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor: ...
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """``out``: where to, ``[..., D]`` of at least float32; None: to memory of its own, or where it is."""
+        ...
 
 
 class Plain:
@@ -23,8 +26,8 @@ class Plain:
     def encode(self, x: Tensor) -> tuple[Tensor]:
         return (x,)
 
-    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        return parts[0].to(dtype)
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return parts[0].to(dtype) if out is None else out.copy_(parts[0])
 
 
 class Int8:
@@ -38,9 +41,9 @@ class Int8:
         step = (x.abs().amax(-1, keepdim=True) / 127).half()
         return (x * _inverse(step, x.dtype)).round().clamp(-127, 127).to(torch.int8), step
 
-    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         codes, step = parts
-        return _wide(codes).mul_(_wide(step)).to(dtype)
+        return (_wide(codes) if out is None else out.copy_(codes)).mul_(_wide(step)).to(dtype)
 
 
 class Int4:
@@ -57,10 +60,11 @@ class Int4:
         codes = ((x - low.to(x.dtype)) * _inverse(step, x.dtype)).round().clamp(0, 15).to(torch.uint8).flatten(-2)
         return codes[..., ::2] * 16 + codes[..., 1::2], low.squeeze(-1), step.squeeze(-1)
 
-    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, parts: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         pairs, low, step = parts
-        low, step = _wide(low), _wide(step)
-        x = torch.empty(*pairs.shape[:-1], 2 * pairs.shape[-1], dtype=low.dtype, device=pairs.device)
+        low, step, x = _wide(low), _wide(step), out
+        if x is None:
+            x = torch.empty(*pairs.shape[:-1], 2 * pairs.shape[-1], dtype=low.dtype, device=pairs.device)
         x[..., ::2], x[..., 1::2] = pairs >> 4, pairs & 15
         x = x.unflatten(-1, (low.shape[-1], -1)).mul_(step.unsqueeze(-1)).add_(low.unsqueeze(-1))
         return x.flatten(-2).to(dtype)
@@ -96,7 +100,7 @@ class Storage:
 
     def __init__(self, codec: Codec, shape: tuple[int, int, int, int], dtype: torch.dtype, device):
         batch, heads, slots, dim = shape
-        self.codec, self.heads, self.dtype = codec, heads, dtype
+        self.codec, self.heads, self.dim, self.dtype = codec, heads, dim, dtype
         like = codec.encode(torch.zeros(1, dim, dtype=dtype, device=device))
         self.parts = [part.new_zeros(batch, heads, slots, part.shape[-1]) for part in like]
 
@@ -114,12 +118,21 @@ class Storage:
             else:
                 part.scatter_(2, slot.unsqueeze(-1).expand_as(new), new)
 
-    def read(self, first: int, end: int, rows: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self, first: int, end: int, rows: slice = ALL, dtype: torch.dtype | None = None, room: Tensor | None = None
+    ) -> Tensor:
         """Slots ``first`` to before ``end``, ``[B, H, end - first, D]``; a view, where that is possible.
 
-        ``dtype``: of what comes out; None: of what goes in.
+        Args:
+            first, end, rows: which.
+            dtype: of what comes out; None: of what goes in.
+            room: numbers of that dtype, at least float32, to be used where it is no view, if they are enough.
         """
-        return self.codec.decode(tuple(part[rows, :, first:end] for part in self.parts), dtype or self.dtype)
+        parts, dtype = tuple(part[rows, :, first:end] for part in self.parts), dtype or self.dtype
+        out, shape = None, (*parts[0].shape[:3], self.dim)
+        if room is not None and parts[0].dtype != dtype and math.prod(shape) <= len(room):
+            out = room[: math.prod(shape)].view(shape)
+        return self.codec.decode(parts, dtype, out)
 
     def pick(self, slots: Tensor, rows: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
         """Those that each of these rows and head names. ``slots``: int64 ``[B, 1 or H, M]`` -> ``[B, H, M, D]``."""
