@@ -278,11 +278,16 @@ class Slots:
         The last is ``[rows, 1 or H, 1, C + N]`` or None. ``dtype``: of keys and values; None: the cache's. Those of
         another dtype may be overwritten by what is read next.
         """
+        keys, bias = self.held_keys(rows, dtype)
+        return keys, self._read(self.stored_v, 0, keys.shape[2], rows, dtype), bias
+
+    def held_keys(self, rows: slice, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`held`, but for the values."""
         end = self.condition_slots + (self.filled if self._empty is None else self._bound(self.filled))
         bias = None if self.bias is None else self.bias[rows, ..., :end]
         if self._empty is not None:
             bias = self._empty if bias is None else bias + self._empty
-        return self._read(self.stored_k, 0, end, rows, dtype), self._read(self.stored_v, 0, end, rows, dtype), bias
+        return self._read(self.stored_k, 0, end, rows, dtype), bias
 
     def _read(self, store: Storage, first: int, end: int, rows: slice, dtype: torch.dtype | None) -> Tensor:
         """As :meth:`Storage.read`, but that a CPU makes numbers wide in the same memory again and again.
@@ -573,11 +578,11 @@ class Slots:
             ``[rows, G, L, N]``, inf for tokens that take none in; at least CLOSE times the sum of both keys' squares.
         """
         first = self.condition_slots
-        keys = self.stored_k.read(first, first + self.filled, rows)
+        keys = self._read(self.stored_k, first, first + self.filled, rows, self.wide)
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         square = torch.linalg.vector_norm(keys, dim=-1).square_()  # [rows, H, N]
         mine = slots.expand(-1, keys.shape[1], -1)
-        left = keys.gather(2, mine.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1]))
+        left = self.stored_k.pick(first + slots, rows, keys.dtype)
         arrivals = self.arrivals[rows]
         leave = self._or_held(leave, arrivals)
         never = leave | (arrivals >= self.clock - self.columns)

@@ -41,7 +41,7 @@ class AdsaPlus(Policy):
     @staticmethod
     def _worth(layer, rows: slice) -> Tensor:
         """ln of the worth, ``[rows, G, N]``; beyond the candidates only in the order of odds, above these."""
-        keys, _, bias = layer.held(rows)
+        keys, bias = layer.held_keys(rows, layer.wide)
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         queries = layer.queries.read(rows).to(keys.dtype).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
         scores = (queries @ keys.mT).mul_(keys.shape[-1] ** -0.5)  # [R, H, Q, N]
