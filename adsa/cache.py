@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adsa.compiled import attention, compared_attention, loop
 from adsa.config import CacheConfig
 from adsa.order import Order
 from adsa.slots import Slots, fold_bias
@@ -109,19 +110,13 @@ class LayerCache:
             return self.attend_to(q, *self.update(k, v))
         self.enter(k, v)
         self._note(q)
-        slots, first = self.slots, self.rows.start
-        compares = slots.compares(self.rows)
+        slots, compares = self.slots, self.slots.compares(self.rows)
         if compares:
             slots.join(self.rows)
-
-        def read(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-            rows = slice(first + part.start, first + part.stop)
-            keys, values, bias = self.held(rows, slots.wide)
-            if compares:
-                slots.multiply(rows, keys, values)
-            return keys, values, bias
-
-        out = self._weighed(q, self._end, read, compares)
+        if slots.compiled and slots.order is None and slots.attention is None:
+            out = self._looped(q, compares)
+        else:
+            out = self._read_once(q, compares)
         if compares:
             slots.compared(self.rows)
         return out
@@ -289,6 +284,39 @@ class LayerCache:
         bias = None if slots.bias is None else slots.bias[..., : index.shape[2]]  # image slots all have bias 0
         return slots.stored_k.pick(index), slots.stored_v.pick(index), bias
 
+    def _looped(self, q: Tensor, compares: bool) -> Tensor:
+        """Attention to all that is here by compiled loops, of one token; similarities as well, if it ``compares``."""
+        slots, store = self.slots, self.slots.stored_k
+        scaled = q.squeeze(2).unflatten(1, (store.heads, -1)).to(slots.wide) * store.dim**-0.5  # [B, H, Hq / H, D]
+
+        def attended(part: slice) -> Tensor:
+            rows = self._rows_of(part)
+            keys, values, bias = slots.as_written(rows)
+            if compares:
+                return loop(compared_attention)(scaled[part], keys, values, store.codec, bias, *slots.comparison(rows))
+            return loop(attention)(scaled[part], keys, values, store.codec, bias)
+
+        # To compare, the features are read twice, as they lie: a fourth of what the parts of _weighed take.
+        numbers = store.heads * self._end * store.dim // 4 if compares else 0
+        return slots.in_parts(attended, numbers, slots.batch, once=True).flatten(1, 2).unsqueeze(2).to(q.dtype)
+
+    def _read_once(self, q: Tensor, compares: bool) -> Tensor:
+        """As :meth:`_looped`, by PyTorch's operations, and of any number of tokens."""
+        slots = self.slots
+
+        def read(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+            rows = self._rows_of(part)
+            keys, values, bias = self.held(rows, slots.wide)
+            if compares:
+                slots.multiply(rows, keys, values)
+            return keys, values, bias
+
+        return self._weighed(q, self._end, read, compares)
+
+    def _rows_of(self, part: slice) -> slice:
+        """Some of this layer's rows among those of all layers."""
+        return slice(self.rows.start + part.start, self.rows.start + part.stop)
+
     def _weighed(
         self,
         q: Tensor,
@@ -329,11 +357,11 @@ class LayerCache:
 
     def _note_weights(self, weights: Tensor, where: Tensor | None, part: slice) -> None:
         """Put weights on record, ``[rows, H, Hq / H, S, C + N]`` of this part of the rows."""
-        slots, first, queries = self.slots, self.rows.start, weights.shape[3]
+        slots, queries = self.slots, weights.shape[3]
         seen = weights[..., slots.condition_slots :].sum(2)
         if slots.groups == 1:
             seen = seen.sum(1, keepdim=True)
-        rows = slice(first + part.start, first + part.stop)
+        rows = self._rows_of(part)
         for index, of_query in enumerate(seen.unbind(2)):
             slots.attention.add(slots.clock, queries - index, of_query, where, rows)
 

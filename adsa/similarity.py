@@ -35,6 +35,20 @@ def mean_cosine_similarity(v: Tensor) -> Tensor:
     return (unit @ unit.mT).mean(-1)
 
 
+def inverse_norms(v: Tensor, *, joint: bool) -> Tensor:
+    """1 / |v|, or 0 of a vector of zeros: ``[B, H, N, D]`` -> ``[B, G, N]``; G = 1 if joint else H."""
+    square = v.square().sum(-1)
+    if joint:
+        square = square.sum(1, keepdim=True)
+    return torch.where(square > 0, square.rsqrt(), square)
+
+
+def mean_similarities(dots: Tensor, inverse_norm: Tensor) -> Tensor:
+    """s_i (Eq. 3) of the first N tokens, written over ``dots``, :meth:`RunningSimilarity.dots` of theirs."""
+    count, tie = dots.shape[2], TIE.get(dots.dtype, TIE_SINGLE)
+    return dots.mul_(inverse_norm[:, :, :count]).mul_(1 / (count * tie)).round_().mul_(tie)
+
+
 class RunningSimilarity:
     """Mean cosine similarities of the tokens in a cache, kept by a running sum.
 
@@ -56,16 +70,9 @@ class RunningSimilarity:
         self.total = torch.zeros(batch, heads, head_dim, dtype=wide, device=device)
         self.inverse_norm = torch.zeros(batch, 1 if joint else heads, slots, dtype=wide, device=device)
 
-    def _inverse_norm(self, v: Tensor) -> Tensor:
-        """``[B, H, 1, D]`` -> ``[B, G, 1]``."""
-        square = v.to(self.total.dtype).square().sum(-1)
-        if self.joint:
-            square = square.sum(1, keepdim=True)
-        return torch.where(square > 0, square.rsqrt(), square)
-
     def add(self, slot: int | Tensor, v: Tensor, rows: slice = ALL) -> None:
         """A token enters each of these rows. ``slot``: int64 ``[B, G, 1]``, or one for all; ``v``: ``[B, H, 1, D]``."""
-        inverse = self._inverse_norm(v)
+        inverse = inverse_norms(v.to(self.total.dtype), joint=self.joint)
         if isinstance(slot, int):
             self.inverse_norm[rows, :, slot : slot + 1] = inverse
         else:
@@ -90,18 +97,13 @@ class RunningSimilarity:
             from adsa import kernels  # needs Triton
 
             return kernels.similarity(v, self.total[rows], self.inverse_norm[rows], TIE_SINGLE)
-        return self.finish(self.dots(v, rows), rows)
+        return mean_similarities(self.dots(v, rows), self.inverse_norm[rows])
 
     def dots(self, v: Tensor, rows: slice = ALL) -> Tensor:
         """u_i . U * |v_i|, ``[B, G, N]``. ``v``: ``[B, H, N, D]``."""
         # In half precision a product is rounded to 8 or 11 bits, too few to rank by, and may overflow.
         dots = (self.total[rows].unsqueeze(2) @ v.to(self.total.dtype).mT).squeeze(2)
         return dots.sum(1, keepdim=True) if self.joint else dots
-
-    def finish(self, dots: Tensor, rows: slice = ALL) -> Tensor:
-        """:meth:`score` of the first N tokens from their :meth:`dots`, in place."""
-        count, tie = dots.shape[2], TIE.get(dots.dtype, TIE_SINGLE)
-        return dots.mul_(self.inverse_norm[rows, :, :count]).mul_(1 / (count * tie)).round_().mul_(tie)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"total": self.total, "inverse_norm": self.inverse_norm}

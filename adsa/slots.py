@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from adsa.attention import AttentionRecord
+from adsa.compiled import join, loop
 from adsa.config import CacheConfig
 from adsa.fused import fused
 from adsa.order import Order
 from adsa.queries import QueryRecord
-from adsa.similarity import RunningSimilarity
+from adsa.similarity import RunningSimilarity, mean_similarities
 from adsa.storage import CODECS, Plain, Storage
 
 # Scores become fixed-point numbers with the arrival in the low bits: one integer order, ties included.
@@ -35,6 +36,19 @@ def _ranks(score: Tensor, arrival: Tensor) -> Tensor:
     """int64 keys whose order is that of (score, arrival). ``[R, G, N]`` each."""
     wide = score.to(torch.promote_types(score.dtype, torch.float32)).clamp(-_LARGEST, _LARGEST)
     return wide.mul_(_FRACTION).round_().long().mul_(1 << ARRIVAL_BITS).add_(arrival)
+
+
+def _stays(arrivals: Tensor, number: Tensor, prefix: int, local: int) -> Tensor:
+    """Which tokens are of the prefix or the local window, bool ``[R, G, N]``."""
+    stays = arrivals > number - local
+    stays[..., :prefix].fill_(True)  # the prefix never leaves the first slots
+    return stays
+
+
+def _least(score: Tensor, arrivals: Tensor, number: Tensor, prefix: int, local: int) -> Tensor:
+    """The slot that is to be free, int64 ``[R, G, 1]``."""
+    stays = _stays(arrivals, number, prefix, local)
+    return _ranks(score, arrivals).add_(stays, alpha=_NEVER).argmin(-1, keepdim=True)
 
 
 def fold_bias(n: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,6 +94,7 @@ class Slots:
         fixed: steps of one :meth:`phase` are the same operations on the same memory, so that one can be recorded, as a
             CUDA graph is, and played for the others. Until the cache is full, which a dense one never is, attention
             goes to some empty slots as well, under a mask.
+        compiled: whether loops over keys, values and scores are those of :mod:`adsa.compiled`, on a CPU.
 
     Attributes:
         condition_slots: those before the image's.
@@ -114,7 +129,10 @@ class Slots:
         columns: int | None = None,
         order: Order | None = None,
         fixed: bool = False,
+        compiled: bool = False,
     ):
+        if compiled and torch.device(device).type != "cpu":
+            raise ValueError(f"caches are compiled on a CPU, and this one is on {device}")
         if valid is not None and valid.shape != (batch, condition_tokens):
             raise ValueError(f"valid must be [{batch}, {condition_tokens}] (rows, condition), not {[*valid.shape]}")
         if (most := max_tokens if order is None else order.arrivals) > MOST_TOKENS:
@@ -174,6 +192,7 @@ class Slots:
             self._check_order(order)
         self.fixed, self._target, self._empty = fixed, None, None
         self._memory = 0  # how often tensors were replaced
+        self.compiled = compiled
         self.fused = order is None and fused(self.device, dtype)  # whether a kernel ranks
         if fixed:
             self._target = torch.zeros(rows, self.groups, 1, dtype=torch.int64, device=device)
@@ -283,11 +302,24 @@ class Slots:
 
     def held_keys(self, rows: slice, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
         """As :meth:`held`, but for the values."""
-        end = self.condition_slots + (self.filled if self._empty is None else self._bound(self.filled))
-        bias = None if self.bias is None else self.bias[rows, ..., :end]
-        if self._empty is not None:
-            bias = self._empty if bias is None else bias + self._empty
-        return self._read(self.stored_k, 0, end, rows, dtype), bias
+        return self._read(self.stored_k, 0, self._end, rows, dtype), self._added(rows)
+
+    def as_written(self, rows: slice) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+        """As :meth:`held`, but keys and values as the codec wrote them, ``[rows, H, C + N, n]`` each."""
+        keys, values = (store.as_written(0, self._end, rows) for store in (self.stored_k, self.stored_v))
+        return keys, values, self._added(rows)
+
+    @property
+    def _end(self) -> int:
+        """How many slots attention looks at."""
+        return self.condition_slots + (self.filled if self._empty is None else self._bound(self.filled))
+
+    def _added(self, rows: slice) -> Tensor | None:
+        """What is added to scores, ``[1 or rows, 1 or H, 1, C + N]``."""
+        bias = None if self.bias is None else self.bias[rows, ..., : self._end]
+        if self._empty is None:
+            return bias
+        return self._empty if bias is None else bias + self._empty
 
     def _read(self, store: Storage, first: int, end: int, rows: slice, dtype: torch.dtype | None) -> Tensor:
         """As :meth:`Storage.read`, but that a CPU makes numbers wide in the same memory again and again.
@@ -429,7 +461,8 @@ class Slots:
         self.targets = []
 
     # Similarities can be found while attention has keys and values at hand, to read these from memory once. For each
-    # layer in turn, with its tokens in place: compares? join, multiply for all of its rows, compared.
+    # layer in turn, with its tokens in place: compares? join, multiply or comparison for all of its rows,
+    # compared.
 
     def compares(self, rows: slice) -> bool:
         """Whether the next token will ask for :meth:`similarities`, and those of a layer's rows can be found before."""
@@ -440,27 +473,38 @@ class Slots:
 
     def join(self, rows: slice) -> None:
         """Count the new tokens of these rows among those to be similar to."""
-        first = self.condition_slots
+        first, record = self.condition_slots, self.similarity
         for slot in self.targets:
             if isinstance(slot, int):
-                new = self._featured.read(first + slot, first + slot + 1, rows, self.wide)
+                record.add(slot, self._featured.read(first + slot, first + slot + 1, rows, self.wide), rows)
+            elif self.compiled:
+                features = self._featured.as_written(first, first + self.capacity, rows)
+                inverse = loop(join)(features, self._featured.codec, slot[rows], record.total[rows], record.joint)
+                record.inverse_norm[rows].scatter_(2, slot[rows], inverse)
             else:
-                slot = slot[rows]
-                new = self._featured.pick(first + slot, rows, self.wide)
-            self.similarity.add(slot, new, rows)
+                record.add(slot[rows], self._featured.pick(first + slot[rows], rows, self.wide), rows)
 
     def multiply(self, rows: slice, keys: Tensor, values: Tensor) -> None:
         """Of some of a layer's rows. ``keys``, ``values``: of all slots, ``[rows, H, C + N, D]``."""
         # All, as a product of a part would be of a copy.
-        dots = self.similarity.dots(keys if self.policy.similarity_of == "k" else values, rows)
-        if self._similarities is None:
-            self._similarities = dots.new_empty(self.layers * self.batch, dots.shape[1], self.filled)
-        self._similarities[rows] = dots[..., self.condition_slots :]
+        dots = self.similarity.dots(keys if self._compares_keys else values, rows)[..., self.condition_slots :]
+        self._found(rows).copy_(mean_similarities(dots, self.similarity.inverse_norm[rows]))
+
+    def comparison(self, rows: slice) -> tuple[bool, Tensor, Tensor, Tensor]:
+        """What :func:`adsa.compiled.compared_attention` wants to know, which multiplies."""
+        found = self._found(rows)
+        return self._compares_keys, self.similarity.total[rows], self.similarity.inverse_norm[rows], found
 
     def compared(self, rows: slice) -> None:
-        """All of a layer's rows are multiplied."""
-        self.similarity.finish(self._similarities[rows], rows)
+        """All of a layer's rows have their similarities."""
         self._compared = rows.stop
+
+    def _found(self, rows: slice) -> Tensor:
+        """Room for these rows' similarities."""
+        if self._similarities is None:
+            shape = (self.layers * self.batch, self.groups, self.filled)
+            self._similarities = torch.empty(shape, dtype=self.similarity.total.dtype, device=self.device)
+        return self._similarities[rows]
 
     def similarities(self) -> Tensor:
         """s_i (Eq. 3) of what the policy compares, ``[R, G, N]``."""
@@ -478,7 +522,11 @@ class Slots:
     @property
     def _featured(self) -> Storage:
         """What the policy compares."""
-        return self.stored_k if self.policy.similarity_of == "k" else self.stored_v
+        return self.stored_k if self._compares_keys else self.stored_v
+
+    @property
+    def _compares_keys(self) -> bool:
+        return self.policy.similarity_of == "k"
 
     def _victims(self, tokens: int) -> tuple[Tensor, Tensor | None]:
         """Slots to free, ``[R, G, tokens]``: those of the least worthy previous tokens (section 4.2).
@@ -518,6 +566,8 @@ class Slots:
             stay = {"prefix": self.prefix, "local": self.local}
             ranks = kernels.ranks(score[rows], self.arrivals[rows], self._number, **stay, **numbers)
         else:
+            if self.compiled and self.order is None and self._ranking is None:
+                return loop(_least)(score[rows], self.arrivals[rows], self._number, self.prefix, self.local)
             ranks = _ranks(score[rows], self.arrivals[rows]).add_(self.staying(rows), alpha=_NEVER)
         if self._ranking is None:
             return ranks.argmin(-1, keepdim=True)
@@ -526,9 +576,7 @@ class Slots:
     def staying(self, rows: slice) -> Tensor:
         """Which tokens may not leave, bool ``[rows, G, N]``: prefix, local window, what holds another's place."""
         arrivals = self.arrivals[rows]
-        stays = arrivals > self._number - self.local
-        stays[..., : self.prefix].fill_(True)  # the prefix never leaves the first slots
-        return self._or_held(stays, arrivals)
+        return self._or_held(_stays(arrivals, self._number, self.prefix, self.local), arrivals)
 
     def _or_held(self, mask: Tensor, arrivals: Tensor) -> Tensor:
         """A mask of tokens, ``[rows, G, N]``, with those that hold another's place."""
@@ -550,7 +598,7 @@ class Slots:
         """
         rows = self.layers * self.batch if rows is None else rows
         most = ON_GPU if self.device.type != "cpu" else IN_LAST_CACHE if once else IN_CACHE
-        step = max(1, most // numbers)
+        step = max(1, most // max(1, numbers))
         if step >= rows:
             return function(slice(0, rows))
         found = None

@@ -118,6 +118,10 @@ class Storage:
             else:
                 part.scatter_(2, slot.unsqueeze(-1).expand_as(new), new)
 
+    def as_written(self, first: int, end: int, rows: slice = ALL) -> tuple[Tensor, ...]:
+        """Slots ``first`` to before ``end`` as the codec wrote them, ``[B, H, end - first, n]`` each."""
+        return tuple(part[rows, :, first:end] for part in self.parts)
+
     def read(
         self, first: int, end: int, rows: slice = ALL, dtype: torch.dtype | None = None, room: Tensor | None = None
     ) -> Tensor:
@@ -128,7 +132,7 @@ class Storage:
             dtype: of what comes out; None: of what goes in.
             room: numbers of that dtype, at least float32, to be used where it is no view, if they are enough.
         """
-        parts, dtype = tuple(part[rows, :, first:end] for part in self.parts), dtype or self.dtype
+        parts, dtype = self.as_written(first, end, rows), dtype or self.dtype
         out, shape = None, (*parts[0].shape[:3], self.dim)
         if room is not None and parts[0].dtype != dtype and math.prod(shape) <= len(room):
             out = room[: math.prod(shape)].view(shape)

@@ -94,7 +94,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("bf16", "fp16", "fp32"), help=told)
     told = "weights of int8 under the --caches; dense without them comes as well, to be compared with"
     add("--quantize", choices=("int8",), help=told)
-    add("--compile", action=switch, default=False, help="torch.compile the models; a first round is not timed")
+    told = "torch.compile the models, or on a CPU the loops of --caches; a first round is not timed"
+    add("--compile", action=switch, default=False, help=told)
     add("--cuda-graphs", action="store_true", help="each of --caches but ZipAR's also by CUDA graphs, recorded before")
     add("--repeats", type=positive, default=3, metavar="N", help="rounds (%(default)s)")
     add("--steps", type=at_least_two, default=40, metavar="N", help="timed steps of each turn (%(default)s)")
@@ -116,8 +117,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.command = shlex.join(["python", "evaluations/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     if args.cuda_graphs and args.compile:
         parser.error("--cuda-graphs records what --compile has compiled otherwise: give one of them")
-    if args.breakdown and args.compile:
-        parser.error("--breakdown looks between the parts of a step, and --compile fuses them: give one of them")
     if math.isqrt(args.tokens) ** 2 != args.tokens:
         parser.error(f"--tokens must be a perfect square, as the images are square, not {args.tokens}")
     if first_timed(args) < 1:
@@ -230,6 +229,8 @@ def build_model(args: argparse.Namespace, device: "torch.device", dtype: "torch.
 def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
     """All that are timed, in the order of the table."""
     from adsa import CacheConfig
+    from adsa.compiled import compiled
+    from autoregressive.models.gpt import Transformer
     from autoregressive.models.packed import pack, packs
     from autoregressive.models.quantize import quantize
     from autoregressive.sample.options import OptionError
@@ -237,7 +238,7 @@ def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
 
     weight = model.output.weight
     models: list[Any] = [model]
-    if packs(weight.device, weight.dtype) and not args.compile:
+    if packs(weight.device, weight.dtype):
         others = args.upstream or args.hf or args.quantize  # who take the weights as they are
         models.append(pack(copy.deepcopy(model) if others else model))
     found: list[Decoder] = []
@@ -272,14 +273,14 @@ def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
             except ValueError as error:
                 raise OptionError(f"--hf {name}: {error}") from None
     if args.compile:
-        import torch
-        import torch._dynamo.config as dynamo
-
-        for name in ("recompile_limit", "cache_size_limit"):  # the second is its name before torch 2.7
-            if hasattr(dynamo, name):
-                setattr(dynamo, name, 256)  # a graph or more for each cache and batch
         for each in models:
-            each.forward = torch.compile(each.forward)
+            if isinstance(each, Transformer) and any(decoder.model is each for decoder in found):
+                try:
+                    each.compile_decoding()
+                except RuntimeError as error:
+                    raise OptionError(f"--compile: {error}") from error
+            else:  # of --upstream or --hf
+                each.forward = compiled(each.forward)
     return found
 
 
@@ -586,6 +587,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from evaluations.decoders import machine_limits, out_of_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    if args.breakdown and args.compile and device.type != "cpu":
+        raise OptionError("--breakdown looks between the parts of a step, and --compile fuses them: give one of them")
     if args.cuda_graphs and device.type != "cuda":
         raise OptionError("--cuda-graphs: torch sees no GPU")
     if device.type == "cpu" and not args.cpu:

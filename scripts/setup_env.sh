@@ -46,8 +46,8 @@ _preload_jemalloc() {
     if [ -n "$library" ] && [ -z "$(LD_PRELOAD=$library env true 2>&1)" ]; then
         export LD_PRELOAD=$library
         # Freed memory is kept for half a minute: page faults cost more than anything else. Kept for ever (-1), it grows
-        # without end in processes that read images.
-        export MALLOC_CONF=${MALLOC_CONF:-dirty_decay_ms:30000,muzzy_decay_ms:0}
+        # without end in processes that read images. Without oversize_threshold:0 it is not kept at all from 8 MiB on.
+        export MALLOC_CONF=${MALLOC_CONF:-oversize_threshold:0,dirty_decay_ms:30000,muzzy_decay_ms:0}
     fi
 }
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adsa import KVCache, LayerCache, Order
+from adsa.compiled import compiled, failure
 from adsa.fused import fused
 from autoregressive.models.pretrained import Pretrained
 from autoregressive.models.rope import apply_rope, rope_table
@@ -251,6 +252,7 @@ class Transformer(nn.Module, Pretrained, library_name="adsa"):
         config: its :class:`ModelArgs`.
         freqs_cis: RoPE table, float32. No parameter and no buffer, as in LlamaGen: not in the state dict, and not cast
             by ``.to(dtype)``; it moves to the device of its input by itself.
+        compiles_caches: whether new caches are compiled (:mod:`adsa.compiled`), on a CPU.
     """
 
     def __init__(self, config: ModelArgs):
@@ -268,6 +270,7 @@ class Transformer(nn.Module, Pretrained, library_name="adsa"):
         self.layers = nn.ModuleList(TransformerBlock(config, rate) for rate in rates)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.compiles_caches = False
         self.freqs_cis = rope_table(config.grid_size, config.head_dim, config.rope_base, config.cls_token_num)
         self.apply(self._init_weights)
         nn.init.zeros_(self.output.weight)
@@ -316,7 +319,21 @@ class Transformer(nn.Module, Pretrained, library_name="adsa"):
             columns=self.config.grid_size,
             order=order,
             fixed=fixed,
+            compiled=self.compiles_caches,
         )
+
+    def compile_decoding(self) -> None:
+        """torch.compile what decodes: all of it, or on a CPU, where that takes minutes, the loops of new caches.
+
+        Raises:
+            RuntimeError: there is no C++ compiler, or it fails.
+        """
+        if self.output.weight.device.type == "cpu":
+            if (why := failure()) is not None:
+                raise RuntimeError(f"torch.compile can't put loops into C++ here: {why}")
+            self.compiles_caches = True
+        else:
+            self.forward = compiled(self.forward)
 
     def forward(
         self,

@@ -104,7 +104,7 @@ class Blueprint:
         model = load_model(self.gpt, self.options.gpt_ckpt, device=device, dtype=dtype)
         if self.options.quantize:
             return quantize(model)
-        return pack(model) if packs(device, dtype) and not self.options.compile else model
+        return pack(model) if packs(device, dtype) else model
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Name, size and hash of both checkpoints, by their option."""
@@ -208,13 +208,10 @@ class Sampler:
         self.gpt = blueprint.load_gpt(device)
         self.vq: VQModel = load_model(blueprint.vq, model.vq_ckpt, device=device, dtype=torch.float32)
         if model.compile:
-            import torch._dynamo.config as dynamo  # slow to import
-
-            # One graph each for the condition, a growing cache and a full one, for every cache and batch size used.
-            for name in ("recompile_limit", "cache_size_limit"):  # the second is its name before torch 2.7
-                if hasattr(dynamo, name):
-                    setattr(dynamo, name, 64)
-            self.gpt.forward = torch.compile(self.gpt.forward)
+            try:
+                self.gpt.compile_decoding()
+            except RuntimeError as error:
+                raise OptionError(f"model.compile: {error}; leave it out") from error
         self.reset()
 
     def reset(self) -> None:

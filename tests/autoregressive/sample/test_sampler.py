@@ -1,5 +1,6 @@
 """Models from options and checkpoints, seeds, and decoding."""
 
+import functools
 import json
 from functools import partial
 
@@ -112,7 +113,10 @@ def test_resizing_is_bicubic_without_antialias(tiny):
 def test_compiling_changes_no_token(tiny, monkeypatch, quantized):
     """Traced as with --compile, but not put into C++, which takes half a minute."""
     graphs = CompileCounter()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    loop = functools.cache(partial(torch.compile, backend=graphs))
+    for module in ("adsa.cache", "adsa.slots"):
+        monkeypatch.setattr(f"{module}.loop", loop)
+    monkeypatch.setattr("autoregressive.models.gpt.failure", lambda: None)
     cond, seeds = torch.arange(2), torch.arange(2)
     tokens = []
     for compiled in (False, True):
@@ -121,6 +125,13 @@ def test_compiling_changes_no_token(tiny, monkeypatch, quantized):
         tokens.append(Sampler(Blueprint(options.model, CPU), options, CPU).tokens(cond, seeds))
         assert (graphs.frame_count > 0) == compiled
     assert torch.equal(*tokens)
+
+
+def test_compiling_without_a_compiler(tiny, monkeypatch):
+    monkeypatch.setattr("autoregressive.models.gpt.failure", lambda: "No working C++ compiler")
+    options = Options(model=model_options(tiny, compile=True))
+    with pytest.raises(OptionError, match=r"model.compile: .* loops .* here: No working .* compiler; leave it out"):
+        Sampler(Blueprint(options.model, CPU), options, CPU)
 
 
 def test_recorded_steps_change_no_token(tiny, monkeypatch):
