@@ -113,10 +113,8 @@ class LayerCache:
         slots, compares = self.slots, self.slots.compares(self.rows)
         if compares:
             slots.join(self.rows)
-        if slots.compiled and slots.order is None and slots.attention is None:
-            out = self._looped(q, compares)
-        else:
-            out = self._read_once(q, compares)
+        looped = slots.compiled and slots.attention is None
+        out = self._looped(q, compares) if looped else self._read_once(q, compares)
         if compares:
             slots.compared(self.rows)
         return out
@@ -296,8 +294,8 @@ class LayerCache:
                 return loop(compared_attention)(scaled[part], keys, values, store.codec, bias, *slots.comparison(rows))
             return loop(attention)(scaled[part], keys, values, store.codec, bias)
 
-        # To compare, the features are read twice, as they lie: a fourth of what the parts of _weighed take.
-        numbers = store.heads * self._end * store.dim // 4 if compares else 0
+        # To compare, features are read twice. Keys and values of _weighed's parts take 8 bytes for each number.
+        numbers = sum(part[0].nbytes for part in store.parts) // 8 if compares else 0
         return slots.in_parts(attended, numbers, slots.batch, once=True).flatten(1, 2).unsqueeze(2).to(q.dtype)
 
     def _read_once(self, q: Tensor, compares: bool) -> Tensor:
@@ -311,7 +309,7 @@ class LayerCache:
                 slots.multiply(rows, keys, values)
             return keys, values, bias
 
-        return self._weighed(q, self._end, read, compares)
+        return self._weighed(q, slots.reach, read, compares)
 
     def _rows_of(self, part: slice) -> slice:
         """Some of this layer's rows among those of all layers."""

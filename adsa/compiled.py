@@ -1,8 +1,8 @@
-"""Attention and ranking on a CPU as loops that torch.compile puts into C++.
+"""A CPU's loops over keys and values, and the means to have torch.compile put these and others into C++.
 
 Keys and values are read as they lie, in half precision or as integers, where PyTorch's own operations need them in
-single precision first; a ranking goes over the scores once, and not a dozen times. Sums are in another order. The first
-steps wait for the compiler: seconds, or half a minute until its results lie in torch's cache on disk.
+single precision first. Sums are in another order. The first steps wait for the compiler: seconds, or half a minute
+until its results lie in torch's cache on disk.
 """
 
 import functools
@@ -35,22 +35,22 @@ def attention(q: Tensor, keys: Parts, values: Parts, codec: Codec, bias: Tensor 
     return (weights.unsqueeze(-1) * values.unsqueeze(2)).sum(3)
 
 
-def join(features: Parts, codec: Codec, slot: Tensor, total: Tensor, joint: bool) -> Tensor:
+def count_in(features: Parts, codec: Codec, slot: Tensor, total: Tensor) -> Tensor:
     """Add the token in these slots to those that a :class:`~adsa.similarity.RunningSimilarity` compares with.
 
     Args:
         features: as the codec wrote them, ``[R, H, N, n]`` each.
         codec: theirs.
         slot: int64 ``[R, G, 1]``.
-        total, joint: of the RunningSimilarity.
+        total: of the RunningSimilarity.
 
     Returns:
-        Its ``inverse_norm`` of the token, ``[R, G, 1]``.
+        Its ``inverse_norm`` of the token, ``[R, G, 1]``, for the caller to put there: here that took a second loop.
     """
     index = slot.unsqueeze(-1)
     new = tuple(part.gather(2, index.expand(-1, part.shape[1], -1, part.shape[3])) for part in features)
     new = codec.decode(new, total.dtype)  # [R, H, 1, D]
-    inverse = inverse_norms(new, joint=joint)
+    inverse = inverse_norms(new, joint=slot.shape[1] == 1)
     total.add_((new * inverse.unsqueeze(-1)).squeeze(2))
     return inverse
 
@@ -76,22 +76,22 @@ def compared_attention(
     """
     features = codec.decode(keys if of_keys else values, q.dtype)[:, :, -similarities.shape[2] :]
     dots = (total.unsqueeze(2) * features).sum(-1)
-    dots = dots.sum(1, keepdim=True) if inverse_norm.shape[1] == 1 else dots
+    dots = dots.sum(1, keepdim=True) if similarities.shape[1] == 1 else dots
     similarities.copy_(mean_similarities(dots, inverse_norm))
     return attention(q, keys, values, codec, bias)
 
 
-def compiled(function: Callable) -> Callable:
-    """``function`` by torch.compile, with a graph each for a growing cache, a full one, and every batch size."""
+def for_all_shapes(function: Callable) -> Callable:
+    """``function`` by torch.compile, whose limit of graphs is raised: a cache that grows, a full one, of each dtype."""
     import torch._dynamo.config as dynamo  # slow to import
 
     for name in ("recompile_limit", "cache_size_limit"):  # the second is its name before torch 2.7
         if hasattr(dynamo, name):
-            setattr(dynamo, name, 256)
+            setattr(dynamo, name, max(256, getattr(dynamo, name)))
     return torch.compile(function)
 
 
-loop = functools.cache(compiled)
+loop = functools.cache(for_all_shapes)
 
 
 @functools.cache
@@ -100,7 +100,8 @@ def failure() -> str | None:
     try:
         loop(_twice)(torch.ones(2))
     except Exception as error:  # of many kinds
-        return str(error).strip().partition("\n")[0]
+        error = getattr(error, "inner_exception", error)
+        return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
     return None
 
 

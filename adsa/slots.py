@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adsa.attention import AttentionRecord
-from adsa.compiled import join, loop
+from adsa.compiled import count_in, loop
 from adsa.config import CacheConfig
 from adsa.fused import fused
 from adsa.order import Order
@@ -45,8 +45,8 @@ def _stays(arrivals: Tensor, number: Tensor, prefix: int, local: int) -> Tensor:
     return stays
 
 
-def _least(score: Tensor, arrivals: Tensor, number: Tensor, prefix: int, local: int) -> Tensor:
-    """The slot that is to be free, int64 ``[R, G, 1]``."""
+def least_worthy(score: Tensor, arrivals: Tensor, number: Tensor, prefix: int, local: int) -> Tensor:
+    """The slot whose token is to leave, int64 ``[R, G, 1]``: a loop to compile."""
     stays = _stays(arrivals, number, prefix, local)
     return _ranks(score, arrivals).add_(stays, alpha=_NEVER).argmin(-1, keepdim=True)
 
@@ -94,7 +94,8 @@ class Slots:
         fixed: steps of one :meth:`phase` are the same operations on the same memory, so that one can be recorded, as a
             CUDA graph is, and played for the others. Until the cache is full, which a dense one never is, attention
             goes to some empty slots as well, under a mask.
-        compiled: whether loops over keys, values and scores are those of :mod:`adsa.compiled`, on a CPU.
+        compiled: whether a CPU has :mod:`adsa.compiled` where it can: in mode "evict" and raster order for attention,
+            unless that is to be remembered, for similarities, and for rankings that name one victim.
 
     Attributes:
         condition_slots: those before the image's.
@@ -192,7 +193,7 @@ class Slots:
             self._check_order(order)
         self.fixed, self._target, self._empty = fixed, None, None
         self._memory = 0  # how often tensors were replaced
-        self.compiled = compiled
+        self._compiled = compiled and order is None
         self.fused = order is None and fused(self.device, dtype)  # whether a kernel ranks
         if fixed:
             self._target = torch.zeros(rows, self.groups, 1, dtype=torch.int64, device=device)
@@ -240,6 +241,11 @@ class Slots:
     def on_cpu(self) -> bool:
         """Whether a CPU runs one operation after the other; a compiler finds its own way."""
         return self.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether loops are to be compiled, and are not by a compiler that is at work already."""
+        return self._compiled and not torch.compiler.is_compiling()
 
     # What policies see: the image tokens now cached, N of them.
 
@@ -302,21 +308,21 @@ class Slots:
 
     def held_keys(self, rows: slice, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
         """As :meth:`held`, but for the values."""
-        return self._read(self.stored_k, 0, self._end, rows, dtype), self._added(rows)
+        return self._read(self.stored_k, 0, self.reach, rows, dtype), self._added(rows)
 
     def as_written(self, rows: slice) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
         """As :meth:`held`, but keys and values as the codec wrote them, ``[rows, H, C + N, n]`` each."""
-        keys, values = (store.as_written(0, self._end, rows) for store in (self.stored_k, self.stored_v))
+        keys, values = (store.as_written(0, self.reach, rows) for store in (self.stored_k, self.stored_v))
         return keys, values, self._added(rows)
 
     @property
-    def _end(self) -> int:
+    def reach(self) -> int:
         """How many slots attention looks at."""
         return self.condition_slots + (self.filled if self._empty is None else self._bound(self.filled))
 
     def _added(self, rows: slice) -> Tensor | None:
         """What is added to scores, ``[1 or rows, 1 or H, 1, C + N]``."""
-        bias = None if self.bias is None else self.bias[rows, ..., : self._end]
+        bias = None if self.bias is None else self.bias[rows, ..., : self.reach]
         if self._empty is None:
             return bias
         return self._empty if bias is None else bias + self._empty
@@ -461,8 +467,7 @@ class Slots:
         self.targets = []
 
     # Similarities can be found while attention has keys and values at hand, to read these from memory once. For each
-    # layer in turn, with its tokens in place: compares? join, multiply or comparison for all of its rows,
-    # compared.
+    # layer in turn, with its tokens in place: compares? join, multiply or comparison for all of its rows, compared.
 
     def compares(self, rows: slice) -> bool:
         """Whether the next token will ask for :meth:`similarities`, and those of a layer's rows can be found before."""
@@ -479,7 +484,7 @@ class Slots:
                 record.add(slot, self._featured.read(first + slot, first + slot + 1, rows, self.wide), rows)
             elif self.compiled:
                 features = self._featured.as_written(first, first + self.capacity, rows)
-                inverse = loop(join)(features, self._featured.codec, slot[rows], record.total[rows], record.joint)
+                inverse = loop(count_in)(features, self._featured.codec, slot[rows], record.total[rows])
                 record.inverse_norm[rows].scatter_(2, slot[rows], inverse)
             else:
                 record.add(slot[rows], self._featured.pick(first + slot[rows], rows, self.wide), rows)
@@ -566,8 +571,8 @@ class Slots:
             stay = {"prefix": self.prefix, "local": self.local}
             ranks = kernels.ranks(score[rows], self.arrivals[rows], self._number, **stay, **numbers)
         else:
-            if self.compiled and self.order is None and self._ranking is None:
-                return loop(_least)(score[rows], self.arrivals[rows], self._number, self.prefix, self.local)
+            if self.compiled and self._ranking is None:
+                return loop(least_worthy)(score[rows], self.arrivals[rows], self._number, self.prefix, self.local)
             ranks = _ranks(score[rows], self.arrivals[rows]).add_(self.staying(rows), alpha=_NEVER)
         if self._ranking is None:
             return ranks.argmin(-1, keepdim=True)
@@ -592,7 +597,7 @@ class Slots:
 
         Args:
             function: of some rows -> ``[as many, ...]``.
-            numbers: that a row takes.
+            numbers: that a row takes; 0: all rows at a time.
             rows: how many; None: those of all layers.
             once: the numbers are written and read once, so that a CPU may have them in its last cache.
         """

@@ -94,7 +94,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("bf16", "fp16", "fp32"), help=told)
     told = "weights of int8 under the --caches; dense without them comes as well, to be compared with"
     add("--quantize", choices=("int8",), help=told)
-    told = "torch.compile the models, or on a CPU the loops of --caches; a first round is not timed"
+    told = "torch.compile the models, or on a CPU the loops of --caches alone; a first round is not timed"
     add("--compile", action=switch, default=False, help=told)
     add("--cuda-graphs", action="store_true", help="each of --caches but ZipAR's also by CUDA graphs, recorded before")
     add("--repeats", type=positive, default=3, metavar="N", help="rounds (%(default)s)")
@@ -229,7 +229,7 @@ def build_model(args: argparse.Namespace, device: "torch.device", dtype: "torch.
 def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
     """All that are timed, in the order of the table."""
     from adsa import CacheConfig
-    from adsa.compiled import compiled
+    from adsa.compiled import for_all_shapes
     from autoregressive.models.gpt import Transformer
     from autoregressive.models.packed import pack, packs
     from autoregressive.models.quantize import quantize
@@ -274,13 +274,13 @@ def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
                 raise OptionError(f"--hf {name}: {error}") from None
     if args.compile:
         for each in models:
-            if isinstance(each, Transformer) and any(decoder.model is each for decoder in found):
+            if isinstance(each, Transformer):
                 try:
                     each.compile_decoding()
                 except RuntimeError as error:
                     raise OptionError(f"--compile: {error}") from error
-            else:  # of --upstream or --hf
-                each.forward = compiled(each.forward)
+            elif weight.is_cuda:
+                each.forward = for_all_shapes(each.forward)
     return found
 
 

@@ -43,11 +43,11 @@ _preload_jemalloc() {
     [ "$(uname)" = Linux ] && [ -z "${LD_PRELOAD:-}" ] || return 0
     # awk reads to the end: if it stopped early, ldconfig might die of the closed pipe, and the script with it.
     library=$(PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null | awk '/libjemalloc\.so\.2 / && !found++ { print $NF }')
-    if [ -n "$library" ] && [ -z "$(LD_PRELOAD=$library env true 2>&1)" ]; then
-        export LD_PRELOAD=$library
-        # Freed memory is kept for half a minute: page faults cost more than anything else. Kept for ever (-1), it grows
-        # without end in processes that read images. Without oversize_threshold:0 it is not kept at all from 8 MiB on.
-        export MALLOC_CONF=${MALLOC_CONF:-oversize_threshold:0,dirty_decay_ms:30000,muzzy_decay_ms:0}
+    # Freed memory is kept for half a minute: page faults cost more than anything else. Kept for ever (-1), it grows
+    # without end in processes that read images. Without oversize_threshold:0 it is not kept at all from 8 MiB on.
+    local conf=${MALLOC_CONF:-oversize_threshold:0,dirty_decay_ms:30000,muzzy_decay_ms:0}
+    if [ -n "$library" ] && [ -z "$(LD_PRELOAD=$library MALLOC_CONF=$conf env true 2>&1)" ]; then
+        export LD_PRELOAD=$library MALLOC_CONF=$conf
     fi
 }
 

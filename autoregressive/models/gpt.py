@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adsa import KVCache, LayerCache, Order
-from adsa.compiled import compiled, failure
+from adsa.compiled import failure, for_all_shapes
 from adsa.fused import fused
 from autoregressive.models.pretrained import Pretrained
 from autoregressive.models.rope import apply_rope, rope_table
@@ -319,7 +319,7 @@ class Transformer(nn.Module, Pretrained, library_name="adsa"):
             columns=self.config.grid_size,
             order=order,
             fixed=fixed,
-            compiled=self.compiles_caches,
+            compiled=self.compiles_caches and weight.device.type == "cpu",
         )
 
     def compile_decoding(self) -> None:
@@ -328,12 +328,12 @@ class Transformer(nn.Module, Pretrained, library_name="adsa"):
         Raises:
             RuntimeError: there is no C++ compiler, or it fails.
         """
-        if self.output.weight.device.type == "cpu":
+        if self.tok_embeddings.weight.device.type == "cpu":
             if (why := failure()) is not None:
                 raise RuntimeError(f"torch.compile can't put loops into C++ here: {why}")
             self.compiles_caches = True
         else:
-            self.forward = compiled(self.forward)
+            self.forward = for_all_shapes(self.forward)
 
     def forward(
         self,

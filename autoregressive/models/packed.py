@@ -42,7 +42,8 @@ def pack(model: Transformer) -> Transformer:
     """Put a :class:`PackedLinear` in place of every linear layer of the blocks, and of the head.
 
     Args:
-        model: with its weights loaded; changed in place. It can't be trained, saved, compiled or moved from then on.
+        model: with its weights loaded; changed in place. It can't be trained, saved or moved from then on, nor its
+            ``forward`` compiled.
 
     Returns:
         The same model.

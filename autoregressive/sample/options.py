@@ -86,8 +86,8 @@ class ModelOptions:
     )
     compile: bool = option(
         False,
-        "torch.compile the GPT: slow to start, faster per token; on a CPU only the loops over its cache, for half a "
-        "minute, which pays off in bf16",
+        "torch.compile the GPT: slow to start, faster per token; on a CPU only the loops over its cache, which needs a "
+        "C++ compiler, and half a minute at first, and pays off in bf16",
     )
     cuda_graphs: bool = option(
         False,
@@ -359,7 +359,8 @@ class Options:
                 raise OptionError(f"sampling.zipar_window must be at least 1, not {sampling.zipar_window}")
             if self.model.compile:
                 raise OptionError(
-                    "sampling.zipar_window and model.compile don't go together: each pass is another graph"
+                    "sampling.zipar_window and model.compile don't go together: of several tokens at once each number "
+                    "would be another graph"
                 )
         elif sampling.zipar_adaptive:
             raise OptionError("sampling.zipar_adaptive needs sampling.zipar_window, the smallest window")
