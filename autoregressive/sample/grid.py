@@ -45,7 +45,9 @@ def sample_grid(
     cond: Tensor,
     masks: Tensor | None = None,
 ) -> None:
-    """Sample one image for each condition, by each cache; write the grid to run.output and print what it cost.
+    """Sample one image for each condition, by each cache; print what it cost.
+
+    The grid in run.output has one cache more each time that all images of one are there.
 
     Args:
         variants: from :func:`start_grid`.
@@ -74,8 +76,9 @@ def sample_grid(
         panels.append(image_grid(images, columns, captions))
         rows.append((title, sampler.cache_report, dict(sampler.seconds)))  # a copy: the next warm-up is timed as well
 
+        save_image_atomic(options.run.output, side_by_side(panels, [row[0] for row in rows]))  # to be looked at by now
+
     print(table(rows, count))
-    save_image_atomic(options.run.output, side_by_side(panels, [row[0] for row in rows]))
     print(options.run.output)
 
 

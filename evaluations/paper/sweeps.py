@@ -97,6 +97,7 @@ def windows(blueprint: Blueprint, budgets: Sequence[int]) -> dict[tuple[int, str
     """ZipAR: {(window, name of a cache): setting}, but for budgets that are too small for the tokens of a pass."""
     made, columns = {}, blueprint.grid
     caches = [CacheConfig("full"), *(CacheConfig(name, budget) for budget in budgets for name in ("adsa", "adsa_plus"))]
+    caches.append(CacheConfig("adsa_plus", min(budgets), dtype="int8"))
     for window in sorted({columns, *(columns * part // 6 for part in (1, 2, 3, 4, 5))}, reverse=True):
         for cache in caches:
             try:
