@@ -7,6 +7,7 @@ from PIL import Image
 from autoregressive.sample import sample_c2i
 from autoregressive.sample.grid import table
 from autoregressive.sample.options import OptionError
+from tokenizer.tokenizer_image.images import save_image_atomic
 
 from .conftest import start
 
@@ -29,7 +30,13 @@ def test_compares_caches_on_the_same_noise(models, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(
         "autoregressive.sample.grid.table", lambda given, images: rows.extend(given) or table(given, images)
     )
-    output = tmp_path / "grid.png"
+    output, widths = tmp_path / "grid.png", []
+
+    def save(path, image):
+        widths.append(image.width)
+        save_image_atomic(path, image)
+
+    monkeypatch.setattr("autoregressive.sample.grid.save_image_atomic", save)
     flags = ["--output", str(output), "--class-labels", "1", "2", "--cache-local", "4"]
     sample_c2i.main([*models, *flags, "--compare", "full", "adsa-36", "window-8"])
     lines = capsys.readouterr().out.splitlines()
@@ -39,6 +46,7 @@ def test_compares_caches_on_the_same_noise(models, tmp_path, capsys, monkeypatch
     assert float(window[4]) <= float(dense[2])
     assert whole[3] == "36"
     assert rows[0][2] is not rows[1][2], "each has its own clock"
+    assert widths[0] < widths[1] < widths[2], "one cache more each time"
     with Image.open(output) as image:
         grid = np.asarray(image)
     panel = (grid.shape[1] - 16) // 3
