@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from adsa.similarity import inverse_norms, mean_similarities
+from adsa.similarity import add_unit, mean_similarities
 from adsa.storage import Codec
 
 Parts = tuple[Tensor, ...]
@@ -49,10 +49,7 @@ def count_in(features: Parts, codec: Codec, slot: Tensor, total: Tensor) -> Tens
     """
     index = slot.unsqueeze(-1)
     new = tuple(part.gather(2, index.expand(-1, part.shape[1], -1, part.shape[3])) for part in features)
-    new = codec.decode(new, total.dtype)  # [R, H, 1, D]
-    inverse = inverse_norms(new, joint=slot.shape[1] == 1)
-    total.add_((new * inverse.unsqueeze(-1)).squeeze(2))
-    return inverse
+    return add_unit(total, codec.decode(new, total.dtype), joint=slot.shape[1] == 1)
 
 
 def compared_attention(

@@ -202,6 +202,12 @@ def test_compiled(tiny, tmp_path, monkeypatch):
         benched(tmp_path, "--compile")
 
 
+def test_parts_of_what_a_gpu_has_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match="give one of them"):
+        benchmark.main(["--compile", "--breakdown", "--output", str(tmp_path)])
+
+
 def test_caches_of_integers(tiny, tmp_path):
     flags = ["--caches", "adsa-12", "adsa-12-kvint8", "--hf", "adsa-12-kvint8", "--batches", "1", "--breakdown"]
     plain, ours, theirs = benched(tmp_path, *flags)["rows"]
