@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adsa.compiled import attention, compared_attention, loop
 from adsa.config import CacheConfig
 from adsa.order import Order
 from adsa.slots import Slots, fold_bias
@@ -113,7 +112,7 @@ class LayerCache:
         slots, compares = self.slots, self.slots.compares(self.rows)
         if compares:
             slots.join(self.rows)
-        looped = slots.compiled and slots.attention is None
+        looped = slots.loops is not None and slots.attention is None
         out = self._looped(q, compares) if looped else self._read_once(q, compares)
         if compares:
             slots.compared(self.rows)
@@ -283,20 +282,11 @@ class LayerCache:
         return slots.stored_k.pick(index), slots.stored_v.pick(index), bias
 
     def _looped(self, q: Tensor, compares: bool) -> Tensor:
-        """Attention to all that is here by compiled loops, of one token; similarities as well, if it ``compares``."""
-        slots, store = self.slots, self.slots.stored_k
-        scaled = q.squeeze(2).unflatten(1, (store.heads, -1)).to(slots.wide) * store.dim**-0.5  # [B, H, Hq / H, D]
-
-        def attended(part: slice) -> Tensor:
-            rows = self._rows_of(part)
-            keys, values, bias = slots.as_written(rows)
-            if compares:
-                return loop(compared_attention)(scaled[part], keys, values, store.codec, bias, *slots.comparison(rows))
-            return loop(attention)(scaled[part], keys, values, store.codec, bias)
-
-        # To compare, features are read twice. Keys and values of _weighed's parts take 8 bytes for each number.
-        numbers = sum(part[0].nbytes for part in store.parts) // 8 if compares else 0
-        return slots.in_parts(attended, numbers, slots.batch, once=True).flatten(1, 2).unsqueeze(2).to(q.dtype)
+        """Attention to all that is here by a CPU's loops, of one token; similarities as well, if it ``compares``."""
+        slots, rows = self.slots, self.rows
+        scaled = q.squeeze(2).unflatten(1, (slots.stored_k.heads, -1)).float() * q.shape[-1] ** -0.5
+        out = slots.loops.attend(scaled, *slots.as_written(rows), slots.comparison(rows) if compares else None)
+        return out.flatten(1, 2).unsqueeze(2).to(q.dtype)
 
     def _read_once(self, q: Tensor, compares: bool) -> Tensor:
         """As :meth:`_looped`, by PyTorch's operations, and of any number of tokens."""

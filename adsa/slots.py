@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from adsa.attention import AttentionRecord
-from adsa.compiled import count_in, loop
 from adsa.config import CacheConfig
 from adsa.fused import fused
+from adsa.loops import Loops, loops
 from adsa.order import Order
 from adsa.queries import QueryRecord
 from adsa.similarity import RunningSimilarity, mean_similarities
@@ -36,19 +36,6 @@ def _ranks(score: Tensor, arrival: Tensor) -> Tensor:
     """int64 keys whose order is that of (score, arrival). ``[R, G, N]`` each."""
     wide = score.to(torch.promote_types(score.dtype, torch.float32)).clamp(-_LARGEST, _LARGEST)
     return wide.mul_(_FRACTION).round_().long().mul_(1 << ARRIVAL_BITS).add_(arrival)
-
-
-def _stays(arrivals: Tensor, number: Tensor, prefix: int, local: int) -> Tensor:
-    """Which tokens are of the prefix or the local window, bool ``[R, G, N]``."""
-    stays = arrivals > number - local
-    stays[..., :prefix].fill_(True)  # the prefix never leaves the first slots
-    return stays
-
-
-def least_worthy(score: Tensor, arrivals: Tensor, number: Tensor, prefix: int, local: int) -> Tensor:
-    """The slot whose token is to leave, int64 ``[R, G, 1]``: a loop to compile."""
-    stays = _stays(arrivals, number, prefix, local)
-    return _ranks(score, arrivals).add_(stays, alpha=_NEVER).argmin(-1, keepdim=True)
 
 
 def fold_bias(n: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,8 +81,6 @@ class Slots:
         fixed: steps of one :meth:`phase` are the same operations on the same memory, so that one can be recorded, as a
             CUDA graph is, and played for the others. Until the cache is full, which a dense one never is, attention
             goes to some empty slots as well, under a mask.
-        compiled: whether a CPU has :mod:`adsa.compiled` where it can: in mode "evict" and raster order for attention,
-            unless that is to be remembered, for similarities, and for rankings that name one victim.
 
     Attributes:
         condition_slots: those before the image's.
@@ -130,10 +115,7 @@ class Slots:
         columns: int | None = None,
         order: Order | None = None,
         fixed: bool = False,
-        compiled: bool = False,
     ):
-        if compiled and torch.device(device).type != "cpu":
-            raise ValueError(f"caches are compiled on a CPU, and this one is on {device}")
         if valid is not None and valid.shape != (batch, condition_tokens):
             raise ValueError(f"valid must be [{batch}, {condition_tokens}] (rows, condition), not {[*valid.shape]}")
         if (most := max_tokens if order is None else order.arrivals) > MOST_TOKENS:
@@ -193,7 +175,9 @@ class Slots:
             self._check_order(order)
         self.fixed, self._target, self._empty = fixed, None, None
         self._memory = 0  # how often tensors were replaced
-        self._compiled = compiled and order is None
+        self._loops = None
+        if order is None and self.device.type == "cpu":
+            self._loops = loops(codec, dtype, head_dim)
         self.fused = order is None and fused(self.device, dtype)  # whether a kernel ranks
         if fixed:
             self._target = torch.zeros(rows, self.groups, 1, dtype=torch.int64, device=device)
@@ -243,9 +227,9 @@ class Slots:
         return self.device.type == "cpu" and not torch.compiler.is_compiling()
 
     @property
-    def compiled(self) -> bool:
-        """Whether loops are to be compiled, and are not by a compiler that is at work already."""
-        return self._compiled and not torch.compiler.is_compiling()
+    def loops(self) -> Loops | None:
+        """A CPU's loops for these keys and values, in raster order; None: there are none, or a compiler is at work."""
+        return None if torch.compiler.is_compiling() else self._loops
 
     # What policies see: the image tokens now cached, N of them.
 
@@ -480,14 +464,14 @@ class Slots:
         """Count the new tokens of these rows among those to be similar to."""
         first, record = self.condition_slots, self.similarity
         for slot in self.targets:
-            if isinstance(slot, int):
-                record.add(slot, self._featured.read(first + slot, first + slot + 1, rows, self.wide), rows)
-            elif self.compiled:
+            mine = slot if isinstance(slot, int) else slot[rows]
+            if self.loops is not None:
                 features = self._featured.as_written(first, first + self.capacity, rows)
-                inverse = loop(count_in)(features, self._featured.codec, slot[rows], record.total[rows])
-                record.inverse_norm[rows].scatter_(2, slot[rows], inverse)
+                self.loops.count_in(features, mine, record.total[rows], record.inverse_norm[rows])
+            elif isinstance(mine, int):
+                record.add(mine, self._featured.read(first + mine, first + mine + 1, rows, self.wide), rows)
             else:
-                record.add(slot[rows], self._featured.pick(first + slot[rows], rows, self.wide), rows)
+                record.add(mine, self._featured.pick(first + mine, rows, self.wide), rows)
 
     def multiply(self, rows: slice, keys: Tensor, values: Tensor) -> None:
         """Of some of a layer's rows. ``keys``, ``values``: of all slots, ``[rows, H, C + N, D]``."""
@@ -496,7 +480,7 @@ class Slots:
         self._found(rows).copy_(mean_similarities(dots, self.similarity.inverse_norm[rows]))
 
     def comparison(self, rows: slice) -> tuple[bool, Tensor, Tensor, Tensor]:
-        """What :func:`adsa.compiled.compared_attention` wants to know, which multiplies."""
+        """What :meth:`adsa.loops.Loops.attend` wants to know, which multiplies."""
         found = self._found(rows)
         return self._compares_keys, self.similarity.total[rows], self.similarity.inverse_norm[rows], found
 
@@ -541,7 +525,8 @@ class Slots:
         if self._due(tokens):
             self._taken = 0
             score = self.policy.score(self)
-            found = self.in_parts(lambda rows: self._least(score, rows), self.groups * self.filled)
+            numbers = 0 if self._loops_rank else self.groups * self.filled
+            found = self.in_parts(lambda rows: self._least(score, rows), numbers)
             if self._ranking is None:
                 self._taken = 1
                 return found, None
@@ -564,24 +549,32 @@ class Slots:
 
     def _least(self, score: Tensor, rows: slice) -> Tensor:
         """Of these rows the slots that may leave, the least worthy first: ``[rows, G, as many as are ranked]``."""
+        score, arrivals = score[rows], self.arrivals[rows]
+        numbers = {"prefix": self.prefix, "local": self.local}
+        numbers |= {"largest": _LARGEST, "fraction": _FRACTION, "bits": ARRIVAL_BITS}
+        if self._loops_rank:
+            return self.loops.least_worthy(score.float(), arrivals, self._number, **numbers)
         if self.fused and score.dtype == torch.float32 and not torch.compiler.is_compiling():
             from adsa import kernels  # needs Triton
 
-            numbers = {"largest": _LARGEST, "fraction": _FRACTION, "bits": ARRIVAL_BITS, "never": _NEVER}
-            stay = {"prefix": self.prefix, "local": self.local}
-            ranks = kernels.ranks(score[rows], self.arrivals[rows], self._number, **stay, **numbers)
+            ranks = kernels.ranks(score, arrivals, self._number, never=_NEVER, **numbers)
         else:
-            if self.compiled and self._ranking is None:
-                return loop(least_worthy)(score[rows], self.arrivals[rows], self._number, self.prefix, self.local)
-            ranks = _ranks(score[rows], self.arrivals[rows]).add_(self.staying(rows), alpha=_NEVER)
+            ranks = _ranks(score, arrivals).add_(self.staying(rows), alpha=_NEVER)
         if self._ranking is None:
             return ranks.argmin(-1, keepdim=True)
         return ranks.topk(self.ranked, largest=False, sorted=True).indices
 
+    @property
+    def _loops_rank(self) -> bool:
+        """Whether a CPU's loop names the one victim of a ranking."""
+        return self.loops is not None and self._ranking is None
+
     def staying(self, rows: slice) -> Tensor:
         """Which tokens may not leave, bool ``[rows, G, N]``: prefix, local window, what holds another's place."""
         arrivals = self.arrivals[rows]
-        return self._or_held(_stays(arrivals, self._number, self.prefix, self.local), arrivals)
+        stays = arrivals > self._number - self.local
+        stays[..., : self.prefix].fill_(True)  # the prefix never leaves the first slots
+        return self._or_held(stays, arrivals)
 
     def _or_held(self, mask: Tensor, arrivals: Tensor) -> Tensor:
         """A mask of tokens, ``[rows, G, N]``, with those that hold another's place."""

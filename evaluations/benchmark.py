@@ -94,7 +94,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("bf16", "fp16", "fp32"), help=told)
     told = "weights of int8 under the --caches; dense without them comes as well, to be compared with"
     add("--quantize", choices=("int8",), help=told)
-    told = "torch.compile the models, or on a CPU the loops of --caches alone; a first round is not timed"
+    told = "torch.compile the models, on a GPU; a first round is not timed"
     add("--compile", action=switch, default=False, help=told)
     add("--cuda-graphs", action="store_true", help="each of --caches but ZipAR's also by CUDA graphs, recorded before")
     add("--repeats", type=positive, default=3, metavar="N", help="rounds (%(default)s)")
@@ -117,6 +117,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.command = shlex.join(["python", "evaluations/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     if args.cuda_graphs and args.compile:
         parser.error("--cuda-graphs records what --compile has compiled otherwise: give one of them")
+    if args.breakdown and args.compile:
+        parser.error("--breakdown looks between the parts of a step, and --compile fuses them: give one of them")
     if math.isqrt(args.tokens) ** 2 != args.tokens:
         parser.error(f"--tokens must be a perfect square, as the images are square, not {args.tokens}")
     if first_timed(args) < 1:
@@ -229,8 +231,7 @@ def build_model(args: argparse.Namespace, device: "torch.device", dtype: "torch.
 def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
     """All that are timed, in the order of the table."""
     from adsa import CacheConfig
-    from adsa.compiled import for_all_shapes
-    from autoregressive.models.gpt import Transformer
+    from autoregressive.models.gpt import compiled
     from autoregressive.models.packed import pack, packs
     from autoregressive.models.quantize import quantize
     from autoregressive.sample.options import OptionError
@@ -274,13 +275,7 @@ def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
                 raise OptionError(f"--hf {name}: {error}") from None
     if args.compile:
         for each in models:
-            if isinstance(each, Transformer):
-                try:
-                    each.compile_decoding()
-                except RuntimeError as error:
-                    raise OptionError(f"--compile: {error}") from error
-            elif weight.is_cuda:
-                each.forward = for_all_shapes(each.forward)
+            each.forward = compiled(each.forward)
     return found
 
 
@@ -483,7 +478,7 @@ def table(record: dict[str, Any]) -> str:
         f"{record['model']}, {settings['dtype']}{', compiled' if settings['compile'] else ''}, {settings['tokens']} "
         f"tokens, {rows_told}. The last {settings['steps']} steps of an image, {settings['repeats']} round(s); "
         f"`/ base`: median of the rounds' ratios, of median step times or of whole batches, to {' or '.join(bases)}. "
-        f"Limit: a copy moves {limits['bytes_per_second'] / 1e9:.1f} GB/s, a matrix product makes "
+        f"Limit: memory moves {limits['bytes_per_second'] / 1e9:.1f} GB/s, a matrix product makes "
         f"{limits['flops_per_second'] / 1e12:.3f} TFLOP/s. Steady images/s: if all steps were as these. Peak: "
         f"{memory}.",
     ]
@@ -587,10 +582,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from evaluations.decoders import machine_limits, out_of_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    if args.breakdown and args.compile and device.type != "cpu":
-        raise OptionError("--breakdown looks between the parts of a step, and --compile fuses them: give one of them")
-    if args.cuda_graphs and device.type != "cuda":
-        raise OptionError("--cuda-graphs: torch sees no GPU")
+    if (args.cuda_graphs or args.compile) and device.type != "cuda":
+        raise OptionError(f"--{'cuda-graphs' if args.cuda_graphs else 'compile'} is for a GPU, and this times the CPU")
     if device.type == "cpu" and not args.cpu:
         print("torch sees no GPU: this times the CPU", file=sys.stderr)
     args.dtype = args.dtype or ("bf16" if device.type == "cuda" or args.quantize else "fp32")

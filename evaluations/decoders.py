@@ -373,18 +373,18 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
     """What the roofline is made of, measured now.
 
     Returns:
-        "bytes_per_second": of a copy much larger than any cache, reads and writes counted; "flops_per_second": of a
-        product of square matrices in this dtype.
+        "bytes_per_second": of a copy much larger than any cache, reads and writes counted, or of reading alone, as
+        most of a step is, where that moves more; "flops_per_second": of a product of square matrices in this dtype.
     """
     cuda = device.type == "cuda"
     source = torch.empty(2**30 if cuda else 2**29, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source).zero_()
     copy = _median_seconds(lambda: target.copy_(source), device)
-    moved = 2 * source.nbytes
+    read = _median_seconds(lambda: source.view(torch.int64).sum(), device)
     n = 8192 if cuda else 768
     a, b, out = torch.randn(3, n, n, device=device, dtype=dtype)
     product = _median_seconds(lambda: torch.mm(a, b, out=out), device)
-    return {"bytes_per_second": moved / copy, "flops_per_second": 2 * n**3 / product}
+    return {"bytes_per_second": source.nbytes * max(2 / copy, 1 / read), "flops_per_second": 2 * n**3 / product}
 
 
 def bytes_in_use(device: torch.device, *, peak: bool = False) -> int:

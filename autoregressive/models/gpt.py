@@ -5,6 +5,7 @@ tokens in raster order. There is no other position embedding than 2-D RoPE, and 
 """
 
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adsa import KVCache, LayerCache, Order
-from adsa.compiled import failure, for_all_shapes
 from adsa.fused import fused
 from autoregressive.models.pretrained import Pretrained
 from autoregressive.models.rope import apply_rope, rope_table
@@ -168,6 +168,16 @@ def kernels_for(x: Tensor) -> types.ModuleType | None:
     return kernels
 
 
+def compiled(function: Callable) -> Callable:
+    """``function`` by torch.compile, whose limit of graphs is raised: a cache that grows, a full one, of each dtype."""
+    import torch._dynamo.config as dynamo  # slow to import
+
+    for name in ("recompile_limit", "cache_size_limit"):  # the second is its name before torch 2.7
+        if hasattr(dynamo, name):
+            setattr(dynamo, name, max(256, getattr(dynamo, name)))
+    return torch.compile(function)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -252,7 +262,6 @@ class Transformer(nn.Module, Pretrained, library_name="adsa"):
         config: its :class:`ModelArgs`.
         freqs_cis: RoPE table, float32. No parameter and no buffer, as in LlamaGen: not in the state dict, and not cast
             by ``.to(dtype)``; it moves to the device of its input by itself.
-        compiles_caches: whether new caches are compiled (:mod:`adsa.compiled`), on a CPU.
     """
 
     def __init__(self, config: ModelArgs):
@@ -270,7 +279,6 @@ class Transformer(nn.Module, Pretrained, library_name="adsa"):
         self.layers = nn.ModuleList(TransformerBlock(config, rate) for rate in rates)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.compiles_caches = False
         self.freqs_cis = rope_table(config.grid_size, config.head_dim, config.rope_base, config.cls_token_num)
         self.apply(self._init_weights)
         nn.init.zeros_(self.output.weight)
@@ -319,21 +327,7 @@ class Transformer(nn.Module, Pretrained, library_name="adsa"):
             columns=self.config.grid_size,
             order=order,
             fixed=fixed,
-            compiled=self.compiles_caches and weight.device.type == "cpu",
         )
-
-    def compile_decoding(self) -> None:
-        """torch.compile what decodes: all of it, or on a CPU, where that takes minutes, the loops of new caches.
-
-        Raises:
-            RuntimeError: there is no C++ compiler, or it fails.
-        """
-        if self.tok_embeddings.weight.device.type == "cpu":
-            if (why := failure()) is not None:
-                raise RuntimeError(f"torch.compile can't put loops into C++ here: {why}")
-            self.compiles_caches = True
-        else:
-            self.forward = for_all_shapes(self.forward)
 
     def forward(
         self,

@@ -86,8 +86,7 @@ class ModelOptions:
     )
     compile: bool = option(
         False,
-        "torch.compile the GPT: slow to start, faster per token; on a CPU only the loops over its cache, which needs a "
-        "C++ compiler, and half a minute at first, and pays off in bf16",
+        "torch.compile the GPT, on a GPU: slow to start, faster per token",
     )
     cuda_graphs: bool = option(
         False,

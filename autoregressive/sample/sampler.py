@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adsa import CacheConfig, KVCache
 from autoregressive.models.checkpoint import load_model, read_state_dict
 from autoregressive.models.generate import generate, new_cache
-from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
+from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer, compiled
 from autoregressive.models.packed import pack, packs
 from autoregressive.models.quantize import quantize
 from autoregressive.models.recorded import RecordedSteps
@@ -200,6 +200,8 @@ class Sampler:
         self.records, self._steps, self._made_for = model.cuda_graphs, None, None
         if self.records and device.type != "cuda":
             raise OptionError(f"model.cuda_graphs needs a CUDA device, and this one is {device}; leave it out")
+        if model.compile and device.type == "cpu":
+            raise OptionError("model.compile makes steps slower on a CPU, whose loops are C++ without it; leave it out")
         try:  # an impossible cache or window is told before weights are read
             window = self.sampling.zipar_window
             new_cache(blueprint.gpt, 1, blueprint.tokens, None, 1.0, self.cache, window, fixed=self.records)
@@ -208,10 +210,7 @@ class Sampler:
         self.gpt = blueprint.load_gpt(device)
         self.vq: VQModel = load_model(blueprint.vq, model.vq_ckpt, device=device, dtype=torch.float32)
         if model.compile:
-            try:
-                self.gpt.compile_decoding()
-            except RuntimeError as error:
-                raise OptionError(f"model.compile: {error}; leave it out") from error
+            self.gpt.forward = compiled(self.gpt.forward)
         self.reset()
 
     def reset(self) -> None:

@@ -34,10 +34,10 @@ def layer(
     return LayerCache(Slots(cfg, dtype=dtype, device=device, valid=valid, n_head=heads, **shape))
 
 
-def stream(tokens=TOKENS, heads=H, batch=B, condition=1, dtype=torch.float64, seed=0):
+def stream(tokens=TOKENS, heads=H, batch=B, condition=1, dtype=torch.float64, seed=0, dim=D):
     """q, k, v of the condition and of every image token; some values repeat, so that there are ties."""
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(batch, h, condition + tokens, D, generator=generator).to(dtype) for h in (heads, H, H))
+    q, k, v = (torch.randn(batch, h, condition + tokens, dim, generator=generator).to(dtype) for h in (heads, H, H))
     repeats = torch.randint(min(6, tokens), (tokens,), generator=generator)
     v[:, :, condition:] = torch.where((repeats % 2 == 0)[:, None], v[:, :, condition + repeats], v[:, :, condition:])
     q[:, :, :condition] = 0

@@ -186,28 +186,6 @@ def test_a_language_models_shape():
     assert (model.config.ffn_dim, model.config.head_dim, model.output.out_features) == (5632, 128, 16384)
 
 
-def test_compiled(tiny, tmp_path, monkeypatch):
-    """On a CPU the loops of caches, here as they are."""
-    called = []
-    for module in ("adsa.cache", "adsa.slots"):
-        monkeypatch.setattr(f"{module}.loop", lambda function: called.append(function.__name__) or function)
-    monkeypatch.setattr("autoregressive.models.gpt.failure", lambda: None)
-    flags = ["--caches", "dense", "adsa-12", "--upstream", "--hf", "static", "--compile", "--breakdown"]
-    rows = benched(tmp_path, *flags, "--batches", "1")["rows"]
-    assert [row["cache"] for row in rows] == ["dense", "adsa-12", "upstream", "hf-static"]
-    assert set(called) == {"attention", "compared_attention", "count_in", "least_worthy"}
-    assert min(rows[1]["summary"]["breakdown_ms"].values()) > 0
-    monkeypatch.setattr("autoregressive.models.gpt.failure", lambda: "no compiler")
-    with pytest.raises(SystemExit, match=r"--compile: .*: no compiler"):
-        benched(tmp_path, "--compile")
-
-
-def test_parts_of_what_a_gpu_has_compiled(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(SystemExit, match="give one of them"):
-        benchmark.main(["--compile", "--breakdown", "--output", str(tmp_path)])
-
-
 def test_caches_of_integers(tiny, tmp_path):
     flags = ["--caches", "adsa-12", "adsa-12-kvint8", "--hf", "adsa-12-kvint8", "--batches", "1", "--breakdown"]
     plain, ours, theirs = benched(tmp_path, *flags)["rows"]
@@ -321,7 +299,9 @@ def test_cache_names():
         (["--hf", "h2o-12"], "--hf h2o-12: cache policy 'h2o'"),
         (["--hf", "statics"], "'statics' is neither"),
         (["--hf", "adsa-12-zipar2"], "--hf adsa-12-zipar2: transformers decodes one token after the other"),
-        (["--cuda-graphs"], "torch sees no GPU"),
+        (["--cuda-graphs"], "--cuda-graphs is for a GPU"),
+        (["--compile"], "--compile is for a GPU"),
+        (["--compile", "--breakdown"], "give one of them"),
         (["--caches"], "nothing to time"),
         (["--caches", "dense-zipar6"], "dense-zipar6: the window must be 1 to 5"),
         (["--caches", "adsa-6-zipar1"], "adsa-6-zipar1: cache budget 6 is too small"),

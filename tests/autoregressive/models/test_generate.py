@@ -175,26 +175,14 @@ def test_compiled_equals_eager_without_recompiling_every_step(model, cache):
     assert counter.frame_count <= first + 1
 
 
-def test_compiled_where_it_is_not_on_a_cpu(monkeypatch):
-    """All of the model, and its caches not as a CPU's are."""
-    monkeypatch.setattr("autoregressive.models.gpt.for_all_shapes", lambda forward: ("compiled", forward))
-    with torch.device("meta"):
-        model = Transformer(ModelArgs(dim=32, n_layer=1, n_head=2, vocab_size=16, block_size=4))
-    forward = model.forward
-    model.compile_decoding()
-    assert model.forward == ("compiled", forward)
-    model.compiles_caches = True  # as one that was moved
-    assert not model.new_cache(CacheConfig("full"), 1, 4)._all[0].compiled
-
-
 def test_no_kernel_comes_between_what_is_compiled(model, monkeypatch):
-    """Nor does looking for one, nor a loop that is compiled apart."""
+    """Nor does looking for one."""
     for name in ("adsa.slots.fused", "adsa.similarity.fused"):
         monkeypatch.setattr(name, lambda *_: True)
     counter = CompileCounter()
     torch._dynamo.reset()
     compiled = fill_weights(Transformer(model.config), 7)
-    compiled.forward, compiled.compiles_caches = torch.compile(compiled.forward, backend=counter), True
+    compiled.forward = torch.compile(compiled.forward, backend=counter)
     rest = {"cfg_scale": 2.0, "cache": CACHES["adsa"], "seeds": torch.tensor([1, 2])}
     tokens = generate(compiled, torch.tensor([1, 5]), TOKENS, **rest)
     assert 2 <= counter.frame_count <= 8

@@ -1,0 +1,333 @@
+// A CPU's loops over keys and values, which are read once and as they lie in memory. adsa/loops.py calls them.
+//
+// HEAD_DIM is D. FORMAT is one of the classes below, by which a vector of D numbers is read from a slot's parts.
+// A slot's number counts from the first slot of the first row and head; parts have no gaps between slots.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+constexpr int D = HEAD_DIM, VECTORS = D / LANES;
+static_assert(VECTORS % 2 == 0, "vectors are read two at a time");
+
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int16_t Shorts __attribute__((vector_size(2 * LANES), aligned(1)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1)));
+
+// A head's vector. Where PAIRED, every two of them hold 2 * LANES numbers, the even ones and then the odd ones: so they
+// come out of memory without being put in order, and products don't care.
+struct Wide {
+    Floats x[VECTORS];
+};
+
+static inline float from_half(uint16_t bits) {
+    const uint32_t scaled = uint32_t(bits & 0x7fff) << 13 | uint32_t(bits & 0x8000) << 16;
+    float value;
+    std::memcpy(&value, &scaled, 4);
+    return value * 0x1p112f;  // of finite numbers, subnormal ones as well
+}
+
+template <class T>
+static inline T load(const void* at) {
+    T value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+
+struct Float32 {
+    static constexpr bool PAIRED = false;
+    const float* x;
+    Float32(const void* const* parts) : x(static_cast<const float*>(parts[0])) {}
+    Wide operator[](int64_t slot) const { return load<Wide>(x + slot * D); }
+};
+
+struct BFloat16 {
+    static constexpr bool PAIRED = true;
+    const uint16_t* x;
+    BFloat16(const void* const* parts) : x(static_cast<const uint16_t*>(parts[0])) {}
+    Wide operator[](int64_t slot) const {
+        Wide wide;
+        for (int i = 0; i < VECTORS; i += 2) {
+            const Ints pairs = load<Ints>(x + slot * D + i * LANES);
+            wide.x[i] = (Floats)(pairs << 16);
+            wide.x[i + 1] = (Floats)(pairs & int32_t(0xffff0000));
+        }
+        return wide;
+    }
+};
+
+struct Int8 {
+    static constexpr bool PAIRED = true;
+    const int8_t* codes;
+    const uint16_t* steps;
+    Int8(const void* const* parts)
+        : codes(static_cast<const int8_t*>(parts[0])), steps(static_cast<const uint16_t*>(parts[1])) {}
+    Wide operator[](int64_t slot) const {
+        Wide wide;
+        const float step = from_half(steps[slot]);
+        for (int i = 0; i < VECTORS; i += 2) {
+            const Ints pairs = __builtin_convertvector(load<Shorts>(codes + slot * D + i * LANES), Ints);
+            wide.x[i] = __builtin_convertvector((pairs << 24) >> 24, Floats) * step;
+            wide.x[i + 1] = __builtin_convertvector(pairs >> 8, Floats) * step;
+        }
+        return wide;
+    }
+};
+
+struct Int4 {
+    static constexpr bool PAIRED = true;
+    static constexpr int GROUP = 32;
+    const uint8_t* pairs;
+    const uint16_t *lows, *steps;
+    Int4(const void* const* parts)
+        : pairs(static_cast<const uint8_t*>(parts[0])),
+          lows(static_cast<const uint16_t*>(parts[1])),
+          steps(static_cast<const uint16_t*>(parts[2])) {}
+    Wide operator[](int64_t slot) const {
+        Wide wide;
+        for (int i = 0; i < VECTORS; i += 2) {
+            const int64_t group = (slot * D + i * LANES) / GROUP;
+            const float low = from_half(lows[group]), step = from_half(steps[group]);
+            const Ints both = __builtin_convertvector(load<Bytes>(pairs + (slot * D + i * LANES) / 2), Ints);
+            wide.x[i] = __builtin_convertvector(both >> 4, Floats) * step + low;
+            wide.x[i + 1] = __builtin_convertvector(both & 15, Floats) * step + low;
+        }
+        return wide;
+    }
+};
+
+using Format = FORMAT;
+
+// Where number d of a vector lies in a Wide.
+static inline int place(int d) {
+    const int pair = d / (2 * LANES) * (2 * LANES), in = d % (2 * LANES);
+    return Format::PAIRED ? pair + in / 2 + in % 2 * LANES : d;
+}
+
+static inline Wide arranged(const float* x) {
+    float y[D];
+    for (int d = 0; d < D; d++) y[place(d)] = x[d];
+    return load<Wide>(y);
+}
+
+static inline Floats products(const Wide& a, const Wide& b) {
+    Floats sum = a.x[0] * b.x[0];
+    for (int i = 1; i < VECTORS; i++) sum += a.x[i] * b.x[i];
+    return sum;
+}
+
+// In each run of 2 * HALF lanes, sums of lanes HALF apart: those of a, then those of b.
+template <int HALF>
+static inline Floats halves(Floats a, Floats b) {
+    Ints left, right;
+    for (int lane = 0; lane < LANES; lane++) {
+        const int run = lane / (2 * HALF) * (2 * HALF), in = lane % (2 * HALF);
+        left[lane] = run + in % HALF + (in < HALF ? 0 : LANES);
+        right[lane] = left[lane] + HALF;
+    }
+    return __builtin_shuffle(a, b, left) + __builtin_shuffle(a, b, right);
+}
+
+// The sum of each vector's lanes, of LANES vectors: with fewer instructions than one after the other.
+template <int HALF = LANES / 2>
+static inline Floats sums(Floats* x) {
+    for (int i = 0; i < HALF; i++) x[i] = halves<HALF>(x[i], x[i + HALF]);
+    if constexpr (HALF == 1)
+        return x[0];
+    else
+        return sums<HALF / 2>(x);
+}
+
+static inline float sum(Floats x) {
+    float all = 0;
+    for (int lane = 0; lane < LANES; lane++) all += x[lane];
+    return all;
+}
+
+// Within 2 units in the last place, and 0 of -87.3 and less.
+static inline float exponential(float x) {
+    const float n = std::nearbyint(std::max(x, -87.f) * 1.44269504f);
+    const float r = std::fma(n, -1.42860677e-6f, std::fma(n, -0.693145752f, std::max(x, -87.f)));  // |r| < 0.35
+    float p = 1.f / 5040;
+    for (const float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) p = std::fma(p, r, c);
+    const int32_t bits = (int32_t(n) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return x < -87.f ? 0 : p * power;
+}
+
+// use(n, m) for n = 0, LANES, 2 * LANES ..., with m tokens from there on: a constant, but for the last ones.
+template <class Use>
+static inline void in_blocks(int64_t count, Use use) {
+    int64_t n = 0;
+    for (; n + LANES <= count; n += LANES) use(n, std::integral_constant<int, LANES>());
+    if (n < count) use(n, int(count - n));
+}
+
+// Products of all slots with a query.
+static inline void multiply(const Format& x, int64_t slot, int64_t count, const Wide& query, float* found) {
+    in_blocks(count, [&](int64_t n, auto many) {
+        Floats each[LANES] = {};
+        for (int s = 0; s < many; s++) each[s] = products(query, x[slot + n + s]);
+        const Floats all = sums(each);
+        std::memcpy(found + n, &all, sizeof all);
+    });
+}
+
+// Products of all slots with two vectors.
+static inline void multiply(
+    const Format& x, int64_t slot, int64_t count, const Wide& query, float* found, const Wide& other, float* dots) {
+    in_blocks(count, [&](int64_t n, auto many) {
+        Floats each[LANES] = {}, too[LANES] = {};
+        for (int s = 0; s < many; s++) {
+            const Wide one = x[slot + n + s];
+            each[s] = products(query, one);
+            too[s] = products(other, one);
+        }
+        const Floats all = sums(each), both = sums(too);
+        std::memcpy(found + n, &all, sizeof all);
+        std::memcpy(dots + n, &both, sizeof both);
+    });
+}
+
+// The sum of all slots by weights; and products of them with another vector.
+template <bool COMPARE>
+static inline Wide mixed(
+    const Format& x, int64_t slot, int64_t count, const float* weights, const Wide& other, float* dots) {
+    Wide mix = {};
+    in_blocks(count, [&](int64_t n, auto many) {
+        Floats each[LANES] = {};
+        for (int s = 0; s < many; s++) {
+            const Wide one = x[slot + n + s];
+            for (int i = 0; i < VECTORS; i++) mix.x[i] += weights[n + s] * one.x[i];
+            if (COMPARE) each[s] = products(other, one);
+        }
+        if (COMPARE) {
+            const Floats all = sums(each);
+            std::memcpy(dots + n, &all, sizeof all);
+        }
+    });
+    return mix;
+}
+
+// Scores to weights, but for a factor: the inverse of what is returned.
+static inline float exponentials(float* score, const float* bias, int64_t count) {
+    float most = -INFINITY, all = 0;
+    if (bias)
+        for (int64_t n = 0; n < count; n++) score[n] += bias[n];
+#pragma omp simd reduction(max : most)
+    for (int64_t n = 0; n < count; n++) most = std::max(most, score[n]);
+#pragma omp simd reduction(+ : all)
+    for (int64_t n = 0; n < count; n++) {
+        score[n] = exponential(score[n] - most);
+        all += score[n];
+    }
+    return all;
+}
+
+extern "C" {
+
+// q, out: [rows, heads, shared, D]. Keys and values of row r, head h: count slots from r * row + h * head on. Added to
+// their scores: bias[r * bias_row + h * bias_head + n], if there is a bias. Where similarities [rows, groups, count -
+// first] are wanted: total [rows, heads, D], inverse_norm [rows, groups, norms]; slots from the first one on.
+void attend(
+    const float* q, float* out, int64_t rows, int64_t heads, int64_t shared, int64_t count, int64_t row, int64_t head,
+    const void* const* key_parts, const void* const* value_parts, const float* bias, int64_t bias_row,
+    int64_t bias_head, float* similarities, int64_t of_keys, int64_t groups, int64_t first, const float* total,
+    const float* inverse_norm, int64_t norms, float scale, float tie) {
+    const Format keys(key_parts), values(value_parts);
+    const int64_t together = heads / groups, compared = count - first;
+#pragma omp parallel
+    {
+        std::vector<float> room(2 * (count + LANES) + compared);
+        float *const score = room.data(), *const dots = score + count + LANES, *const all_dots = dots + count + LANES;
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t g = 0; g < groups; g++) {
+                std::fill(all_dots, all_dots + compared, 0.f);
+                for (int64_t h = g * together; h < (g + 1) * together; h++) {
+                    const int64_t slot = r * row + h * head;
+                    const Wide other = similarities ? arranged(total + (r * heads + h) * D) : Wide{};
+                    for (int64_t s = 0; s < shared; s++) {
+                        const int64_t at = ((r * heads + h) * shared + s) * D;
+                        const Wide query = arranged(q + at);
+                        const bool compares = similarities && s == 0;
+                        if (compares && of_keys)
+                            multiply(keys, slot, count, query, score, other, dots);
+                        else
+                            multiply(keys, slot, count, query, score);
+                        const float all = exponentials(score, bias ? bias + r * bias_row + h * bias_head : bias, count);
+                        const Wide mix = compares && !of_keys ? mixed<true>(values, slot, count, score, other, dots)
+                                                              : mixed<false>(values, slot, count, score, other, dots);
+                        float mine[D];
+                        std::memcpy(mine, &mix, sizeof mine);
+                        for (int d = 0; d < D; d++) out[at + d] = mine[place(d)] / all;
+                    }
+                    if (similarities)
+                        for (int64_t n = 0; n < compared; n++) all_dots[n] += dots[first + n];
+                }
+                if (similarities) {
+                    float* const found = similarities + (r * groups + g) * compared;
+                    const float* const norm = inverse_norm + (r * groups + g) * norms;
+                    for (int64_t n = 0; n < compared; n++)
+                        found[n] = std::nearbyint(all_dots[n] * norm[n] * scale) * tie;
+                }
+            }
+    }
+}
+
+// A token's unit vector enters the total, or leaves it. slots: [rows, groups], or null: slot at for all.
+void count_in(
+    const void* const* parts, int64_t rows, int64_t heads, int64_t row, int64_t head, int64_t groups,
+    const int64_t* slots, int64_t at, float* total, float* inverse_norm, int64_t norms) {
+    const Format features(parts);
+    const int64_t together = heads / groups;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t slot = slots ? slots[r * groups + g] : at;
+            float square = 0;
+            for (int64_t h = g * together; h < (g + 1) * together; h++) {
+                const Wide one = features[r * row + h * head + slot];
+                square += sum(products(one, one));
+            }
+            const float inverse = square > 0 ? 1 / std::sqrt(square) : 0;
+            inverse_norm[(r * groups + g) * norms + slot] = inverse;
+            for (int64_t h = g * together; h < (g + 1) * together; h++) {
+                const Wide one = features[r * row + h * head + slot];
+                float mine[D], *const sums = total + (r * heads + h) * D;
+                std::memcpy(mine, &one, sizeof mine);
+                for (int d = 0; d < D; d++) sums[d] += mine[place(d)] * inverse;
+            }
+        }
+}
+
+// Of each row of scores and of arrivals [rows, count], the slot that adsa.slots ranks first among those that may leave.
+void least_worthy(
+    const float* score, const int32_t* arrivals, int64_t rows, int64_t count, int64_t arrivals_row,
+    const int32_t* number, int64_t prefix, int64_t local, float largest, float fraction, int64_t bits, int64_t* found) {
+    const int64_t stay = *number - local;
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const float* const mine = score + r * count;
+        const int32_t* const arrival = arrivals + r * arrivals_row;
+        int64_t least = INT64_MAX;
+#pragma omp simd reduction(min : least)
+        for (int64_t n = prefix; n < count; n++) {
+            const float steps = std::nearbyint(std::min(std::max(mine[n], -largest), largest) * fraction);
+            const int64_t rank = int64_t(steps) * (int64_t(1) << bits) + arrival[n];
+            least = std::min(least, arrival[n] > stay ? INT64_MAX : rank);
+        }
+        const int64_t leaves = least & ((int64_t(1) << bits) - 1);
+        found[r] = std::min<int64_t>(count - 1, std::find(arrival, arrival + count, leaves) - arrival);
+    }
+}
+}

@@ -1,0 +1,152 @@
+"""A CPU's loops over keys and values in C++ (loops.cpp), for what PyTorch has no operation for: attention that reads
+half precision or integers as they lie in memory, and finds similarities while it has keys and values at hand.
+
+PyTorch's operations give the same results, but for the order of sums, and are there where a compiler is not.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adsa import native
+from adsa.similarity import TIE_SINGLE
+from adsa.storage import CODECS, Codec, Plain
+
+Parts = tuple[Tensor, ...]
+
+_VECTORS = 32  # D is a multiple of so many numbers
+_INTEGERS = {"int8": "Int8", "int4": "Int4"}
+_PLAIN = {torch.float32: "Float32", torch.bfloat16: "BFloat16"}
+_pointer, _size, _number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class Loops:
+    """The loops over keys and values that are written in one way.
+
+    Args:
+        library: loops.cpp.
+    """
+
+    def __init__(self, library: ctypes.CDLL):
+        self._attend, self._count_in, self._least_worthy = library.attend, library.count_in, library.least_worthy
+        where = [_size] * 2 + [_pointer] * 2
+        self._attend.argtypes = [_pointer] * 2 + [_size] * 4 + where + [_pointer, _size, _size]
+        self._attend.argtypes += [_pointer] + [_size] * 3 + [_pointer] * 2 + [_size, _number, _number]
+        self._count_in.argtypes = [_pointer] + [_size] * 5 + [_pointer, _size, _pointer, _pointer, _size]
+        self._least_worthy.argtypes = [_pointer] * 2 + [_size] * 3 + [_pointer] + [_size] * 2
+        self._least_worthy.argtypes += [_number] * 2 + [_size, _pointer]
+        for function in (self._attend, self._count_in, self._least_worthy):
+            function.restype = None
+
+    def __deepcopy__(self, memo) -> "Loops":
+        return self  # of a cache that is copied
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Parts,
+        values: Parts,
+        bias: Tensor | None,
+        comparison: tuple[bool, Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attention of one query in each head, and :meth:`adsa.similarity.RunningSimilarity.score`.
+
+        Args:
+            q: float32 ``[R, H, Hq / H, D]``, scaled.
+            keys, values: as the codec wrote them, ``[R, H, C + N, n]`` each, some slots of tensors without gaps.
+            bias: added to scores, float32 ``[1 or R, 1 or H, 1, C + N]``, or None.
+            comparison: whether keys are compared, and not values; ``total`` ``[R, H, D]`` and ``inverse_norm``
+                ``[R, G, N or more]`` of the RunningSimilarity; where similarities go to, float32 ``[R, G, N]``. None:
+                none are wanted.
+
+        Returns:
+            float32 ``[R, H, Hq / H, D]``.
+        """
+        q = q.contiguous()
+        rows, heads, shared, _ = q.shape
+        count, out = keys[0].shape[2], torch.empty_like(q)
+        places = (None, 0, 0) if bias is None else (bias, *bias.expand(rows, heads, 1, count).stride()[:2])
+        if bias is not None and bias.stride(3) != 1:
+            raise ValueError("bias of neighbouring slots must be neighbours")
+        of_keys, total, inverse_norm, similarities = comparison or (False, None, None, None)
+        groups, compared = (heads, 0) if similarities is None else similarities.shape[1:]
+        self._attend(
+            _at(q), _at(out), rows, heads, shared, count, *_strides(keys), _all(keys), _all(values),
+            _at(places[0]), *places[1:], _at(similarities), of_keys, groups, count - compared, _at(total),
+            _at(inverse_norm), 0 if inverse_norm is None else inverse_norm.shape[2],
+            1 / (max(1, compared) * TIE_SINGLE), TIE_SINGLE,
+        )  # fmt: skip
+        return out
+
+    def count_in(self, features: Parts, slot: int | Tensor, total: Tensor, inverse_norm: Tensor) -> None:
+        """:meth:`adsa.similarity.RunningSimilarity.add` of the tokens in these slots.
+
+        Args:
+            features: as the codec wrote them, ``[R, H, N, n]`` each, some slots of tensors without gaps.
+            slot: int64 ``[R, G, 1]``, or one for all.
+            total, inverse_norm: of the RunningSimilarity, ``[R, H, D]`` and ``[R, G, N]``.
+        """
+        (rows, heads, _), groups = total.shape, inverse_norm.shape[1]
+        slots, at = (None, slot) if isinstance(slot, int) else (slot.contiguous(), 0)
+        self._count_in(
+            _all(features), rows, heads, *_strides(features), groups, _at(slots), at, _at(total), _at(inverse_norm),
+            inverse_norm.shape[2],
+        )  # fmt: skip
+
+    def least_worthy(
+        self,
+        score: Tensor,
+        arrivals: Tensor,
+        number: Tensor,
+        *,
+        prefix: int,
+        local: int,
+        largest: float,
+        fraction: float,
+        bits: int,
+    ) -> Tensor:
+        """The slot whose token is to leave, int64 ``[R, G, 1]``; arguments as of :func:`adsa.kernels.ranks`."""
+        score, (rows, groups, count) = score.contiguous(), score.shape
+        found = torch.empty(rows, groups, 1, dtype=torch.int64)
+        self._least_worthy(
+            _at(score), _at(arrivals), rows * groups, count, arrivals.stride(1), _at(number), prefix, local, largest,
+            fraction, bits, _at(found),
+        )  # fmt: skip
+        return found
+
+
+def loops(codec: Codec, dtype: torch.dtype, dim: int) -> Loops | None:
+    """Those for keys and values of a CPU that are written in this way, or None where there are none.
+
+    Args:
+        codec: that writes them.
+        dtype: that goes in.
+        dim: D.
+    """
+    name = next((name for name, of in CODECS.items() if of is codec), None)
+    written = _PLAIN.get(dtype) if isinstance(codec, Plain) else _INTEGERS.get(name)
+    if written is None or dtype not in _PLAIN or dim % _VECTORS or not native.wanted():
+        return None
+    return _compiled(written, dim)
+
+
+@functools.cache
+def _compiled(written: str, dim: int) -> Loops | None:
+    library = native.library(Path(__file__).with_suffix(".cpp"), FORMAT=written, HEAD_DIM=dim)
+    return None if library is None else Loops(library)
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _all(parts: Parts) -> ctypes.Array:
+    return (_pointer * len(parts))(*map(_at, parts))
+
+
+def _strides(parts: Parts) -> tuple[int, int]:
+    """Slots from a row to the next, and from a head to the next: the same for each part."""
+    return parts[0].stride(0) // parts[0].shape[3], parts[0].stride(1) // parts[0].shape[3]

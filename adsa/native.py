@@ -1,0 +1,74 @@
+"""C++ of this project: compiled where it runs, when it is first wanted, and kept in the user's folder for caches."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+# By what PyTorch has found the processor to have.
+_VECTORS = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+}
+_TIME_LIMIT = 120  # seconds
+
+
+def wanted() -> bool:
+    """Whether C++ is to be used, where this processor's vectors are known. ADSA_KERNELS=0 turns it off."""
+    return _capability() in _VECTORS and os.environ.get("ADSA_KERNELS") != "0"
+
+
+@functools.cache
+def library(source: Path, **constants: int | str) -> ctypes.CDLL | None:
+    """A source's functions, or None, with a warning that says why, where it can't be compiled. Tried once.
+
+    Threads are those of PyTorch, whose OpenMP it shares.
+
+    Args:
+        source: C++ for GCC, in one file.
+        constants: of its preprocessor.
+    """
+    try:
+        return ctypes.CDLL(str(_compiled(source, constants)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"{source.name} can't be compiled here, so that steps are slower: {str(said).strip().splitlines()[0]}. "
+            "It needs g++, or another GCC that CXX names, and a folder to write to, which XDG_CACHE_HOME may name; "
+            "ADSA_KERNELS=0 does without",
+            stacklevel=2,
+        )
+        return None
+
+
+def _compiled(source: Path, constants: dict[str, int | str]) -> Path:
+    """The shared object of a source, from an earlier time if it is the same."""
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(compiler) is None:
+        raise FileNotFoundError(f"there is no {compiler}")
+    defined = [f"-D{name}={value}" for name, value in constants.items()]
+    command = [compiler, *_FLAGS, *_VECTORS[_capability()], *defined]
+    key = hashlib.sha256("\0".join([*command, source.read_text()]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adsa"
+    made = folder / f"{source.stem}-{key}.so"
+    if not made.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as room:
+            new = Path(room) / made.name
+            subprocess.run(
+                [*command, str(source), "-o", str(new)], check=True, capture_output=True, text=True, timeout=_TIME_LIMIT
+            )
+            new.replace(made)  # whole or not at all, and other processes may do the same
+    return made
+
+
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
