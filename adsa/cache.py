@@ -247,7 +247,7 @@ class LayerCache:
                 if isinstance(slot, int):
                     store.write(slots.condition_slots + slot, x, rows)
                 else:
-                    store.put(slots.condition_slots + slot[rows], x, rows)
+                    slots.put(store, slot, x, rows)
         if slots.selects:
             slots.settle()
 

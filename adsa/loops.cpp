@@ -310,6 +310,18 @@ void count_in(
         }
 }
 
+// A token of each row and head goes into slots [rows, groups]. bytes: of its vector; from_row, from_head: in bytes.
+void put(
+    char* to, int64_t bytes, int64_t rows, int64_t heads, int64_t row, int64_t head, int64_t groups,
+    const int64_t* slots, const char* from, int64_t from_row, int64_t from_head) {
+#pragma omp parallel for collapse(2) schedule(static) if (rows * heads > 256)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = 0; h < heads; h++) {
+            const int64_t slot = slots[r * groups + h / (heads / groups)];
+            std::memcpy(to + (r * row + h * head + slot) * bytes, from + r * from_row + h * from_head, bytes);
+        }
+}
+
 // Of each row of scores and of arrivals [rows, count], the slot that adsa.slots ranks first among those that may leave.
 void least_worthy(
     const float* score, const int32_t* arrivals, int64_t rows, int64_t count, int64_t arrivals_row,

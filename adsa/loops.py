@@ -31,14 +31,16 @@ class Loops:
     """
 
     def __init__(self, library: ctypes.CDLL):
-        self._attend, self._count_in, self._least_worthy = library.attend, library.count_in, library.least_worthy
+        self._attend, self._count_in, self._put = library.attend, library.count_in, library.put
+        self._least_worthy = library.least_worthy
         where = [_size] * 2 + [_pointer] * 2
         self._attend.argtypes = [_pointer] * 2 + [_size] * 4 + where + [_pointer, _size, _size]
         self._attend.argtypes += [_pointer] + [_size] * 3 + [_pointer] * 2 + [_size, _number, _number]
         self._count_in.argtypes = [_pointer] + [_size] * 5 + [_pointer, _size, _pointer, _pointer, _size]
+        self._put.argtypes = [_pointer] + [_size] * 6 + [_pointer] * 2 + [_size] * 2
         self._least_worthy.argtypes = [_pointer] * 2 + [_size] * 3 + [_pointer] + [_size] * 2
         self._least_worthy.argtypes += [_number] * 2 + [_size, _pointer]
-        for function in (self._attend, self._count_in, self._least_worthy):
+        for function in (self._attend, self._count_in, self._put, self._least_worthy):
             function.restype = None
 
     def __deepcopy__(self, memo) -> "Loops":
@@ -95,6 +97,23 @@ class Loops:
             _all(features), rows, heads, *_strides(features), groups, _at(slots), at, _at(total), _at(inverse_norm),
             inverse_norm.shape[2],
         )  # fmt: skip
+
+    def put(self, parts: Parts, slot: Tensor, new: Parts) -> None:
+        """A token goes into one slot of each row and head.
+
+        Args:
+            parts: where to, ``[R, H, N, n]`` each, some slots of tensors without gaps.
+            slot: int64 ``[R, 1 or H, 1]``.
+            new: ``[R, H, 1, n]`` each.
+        """
+        slot = slot.contiguous()
+        for to, x in zip(parts, new, strict=True):
+            x = x if x.stride(3) == 1 else x.contiguous()
+            size = x.element_size()
+            self._put(
+                _at(to), x.shape[3] * size, *x.shape[:2], *_strides((to,)), slot.shape[1], _at(slot), _at(x),
+                x.stride(0) * size, x.stride(1) * size,
+            )  # fmt: skip
 
     def least_worthy(
         self,

@@ -138,7 +138,7 @@ class Slots:
         self.clock = torch.zeros((), dtype=torch.int32, device=device)
         self.targets: list[int | Tensor] = []
         self._room: dict[bool, Tensor] = {}  # for keys and for values, see _read
-        self._similarities: Tensor | None = None  # of rows up to _compared
+        self._similarities: Tensor | None = None  # room for them, which holds those of rows up to _compared
         self._compared = 0
         self.hidden: Tensor | None = None
         # With an order: the places that tokens came to, {place: the arrival that holds it for another}, and what comes
@@ -361,7 +361,7 @@ class Slots:
             raise ValueError(f"the cache was made for {self.capacity} image tokens, and this is one more")
         self._empty = None
         victims, into = self._victims(evicted) if evicted else (None, None)
-        self.targets, self._similarities, self._compared = [], None, 0
+        self.targets, self._compared = [], 0
         for arrival, held in zip(numbers.split(1), own, strict=True):
             if held is not None:  # takes over from the token that held its place
                 slot = (self.arrivals == held).long().argmax(-1, keepdim=True)
@@ -391,6 +391,15 @@ class Slots:
         self.clock += tokens
         if self.order is not None:
             self._arrived(coming)
+
+    def put(self, store: Storage, slot: Tensor, x: Tensor, rows: slice) -> None:
+        """A token into its slot, int64 ``[R, G, 1]``. ``x``: ``[B, H, 1, D]``, for these rows."""
+        first = self.condition_slots
+        if self.loops is None:
+            store.put(first + slot[rows], x, rows)
+        else:
+            to = store.as_written(first, first + self.capacity, rows)
+            self.loops.put(to, slot[rows], store.codec.encode(x.to(store.dtype)))
 
     def _fill(self, arrival: Tensor) -> Tensor:
         """Of a fixed cache: the next empty slot, and a note of those behind it. ``arrival``: int ``[1]``."""
@@ -430,7 +439,7 @@ class Slots:
             self.valid.copy_(valid)
         self.count = self.filled = 0
         self._taken, self.targets, self.hidden, self._empty = self.ranked, [], None, None
-        self._similarities, self._compared = None, 0
+        self._compared = 0
         self._came, self._held, self._coming = set(), {}, {}
         self.clock.zero_()
         for tensor in self.tensors().values():  # keys and values too: what is masked must not be NaN either
@@ -446,7 +455,6 @@ class Slots:
             return
         rows = slice(self._compared, self.layers * self.batch)
         if rows.start < rows.stop:
-            self._similarities = None
             self.join(rows)
         self.targets = []
 
@@ -489,15 +497,16 @@ class Slots:
         self._compared = rows.stop
 
     def _found(self, rows: slice) -> Tensor:
-        """Room for these rows' similarities."""
+        """Where these rows' similarities go to: for all steps the same memory, see :meth:`_read`."""
         if self._similarities is None:
-            shape = (self.layers * self.batch, self.groups, self.filled)
+            shape = (self.layers * self.batch, self.groups, self.capacity)
             self._similarities = torch.empty(shape, dtype=self.similarity.total.dtype, device=self.device)
         return self._similarities[rows]
 
     def similarities(self) -> Tensor:
-        """s_i (Eq. 3) of what the policy compares, ``[R, G, N]``."""
-        if self._similarities is not None:
+        """s_i (Eq. 3) of what the policy compares, ``[R, G, N]``, which may be overwritten."""
+        if self._compared == self.layers * self.batch:
+            self._compared = 0
             return self._similarities
         first, end, store = self.condition_slots, self.condition_slots + self.filled, self._featured
         whole = store.dtype == self.similarity.total.dtype or self.similarity.fused

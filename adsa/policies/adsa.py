@@ -15,7 +15,7 @@ class Adsa(Policy):
     similarity_of = "v"
 
     def score(self, layer) -> Tensor:
-        return -layer.similarities()
+        return layer.similarities().neg_()
 
 
 class AdsaInverse(Adsa):
@@ -24,4 +24,4 @@ class AdsaInverse(Adsa):
     name = "adsa_inverse"
 
     def score(self, layer) -> Tensor:
-        return -super().score(layer)
+        return super().score(layer).neg_()

@@ -18,7 +18,7 @@ class KeyDiff(Policy):
         return 0, 1
 
     def score(self, layer) -> Tensor:
-        return -layer.similarities()
+        return layer.similarities().neg_()
 
 
 class KNorm(Policy):

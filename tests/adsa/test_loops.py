@@ -56,7 +56,7 @@ def called(monkeypatch):
 
         return wrapper
 
-    for name in ("attend", "count_in", "least_worthy"):
+    for name in ("attend", "count_in", "put", "least_worthy"):
         monkeypatch.setattr(Loops, name, noted(name))
     return names
 
@@ -100,6 +100,7 @@ def test_loops_change_nothing(called, cfg, monkeypatch):
     expected = {"attend": cfg.mode == "evict" and rule.attention_window is None}
     expected["compare"] = expected["attend"] and evicts and compares
     expected["count_in"] = cfg.policy != "full" and compares
+    expected["put"] = evicts
     expected["least_worthy"] = evicts and cfg.renewal == 1 and not cfg.merges
     assert called == {name for name, used in expected.items() if used}
 
@@ -111,7 +112,7 @@ def test_other_caches(called, cfg, given, monkeypatch):
     (plain, kept), (found, left) = both(monkeypatch, cfg, **given)
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
     assert all(map(torch.equal, left, kept))
-    names = {"attend"} if cfg == FULL else {"attend", "count_in", "least_worthy"}
+    names = {"attend", "put"} if cfg == FULL else {"attend", "count_in", "put", "least_worthy"}
     assert called == (names if "fixed" in given else set())
 
 
@@ -170,6 +171,11 @@ def test_by_its_definition(codec, dtype, joint, count):
         torch.testing.assert_close(out.double(), scores.softmax(-1) @ v, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(similar.double(), exact.score(features), atol=2 * TIE_SINGLE, rtol=0)
         assert loop.attend(q, keys, values, given).equal(out)
+    slots, new = torch.randint(count, (2, groups, 1)), torch.randn(heads, 2, 1, dim).transpose(0, 1)
+    mine_too, plain = (copy.deepcopy(stores[0]) for _ in range(2))
+    loop.put(mine_too.as_written(condition, condition + count, mine), slots, codec.encode(new.to(dtype)))
+    plain.put(condition + slots, new, mine)
+    assert all(map(torch.equal, mine_too.parts, plain.parts))
 
 
 def test_hidden_slots_have_no_weight():
