@@ -156,8 +156,12 @@ static inline float sum(Floats x) {
 static inline float exponential(float x) {
     const float n = std::nearbyint(std::max(x, -87.f) * 1.44269504f);
     const float r = std::fma(n, -1.42860677e-6f, std::fma(n, -0.693145752f, std::max(x, -87.f)));  // |r| < 0.35
-    float p = 1.f / 5040;
-    for (const float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) p = std::fma(p, r, c);
+    float p = std::fma(r, 1.f / 5040, 1.f / 720);  // the exponential's series
+    p = std::fma(p, r, 1.f / 120);
+    p = std::fma(p, r, 1.f / 24);
+    p = std::fma(p, r, 1.f / 6);
+    p = std::fma(p, r, 0.5f);
+    p = std::fma(std::fma(p, r, 1.f), r, 1.f);
     const int32_t bits = (int32_t(n) + 127) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
@@ -172,30 +176,19 @@ static inline void in_blocks(int64_t count, Use use) {
     if (n < count) use(n, int(count - n));
 }
 
-// Products of all slots with a query.
-static inline void multiply(const Format& x, int64_t slot, int64_t count, const Wide& query, float* found) {
-    in_blocks(count, [&](int64_t n, auto many) {
-        Floats each[LANES] = {};
-        for (int s = 0; s < many; s++) each[s] = products(query, x[slot + n + s]);
-        const Floats all = sums(each);
-        std::memcpy(found + n, &all, sizeof all);
-    });
+// Products of a vector with LANES slots, or as many as there are.
+template <class Vectors, class Many>
+static inline void multiply_block(const Vectors& x, int64_t slot, Many many, const Wide& vector, float* found) {
+    Floats each[LANES] = {};
+    for (int s = 0; s < many; s++) each[s] = products(vector, x[slot + s]);
+    const Floats all = sums(each);
+    std::memcpy(found, &all, sizeof all);
 }
 
-// Products of all slots with two vectors.
-static inline void multiply(
-    const Format& x, int64_t slot, int64_t count, const Wide& query, float* found, const Wide& other, float* dots) {
-    in_blocks(count, [&](int64_t n, auto many) {
-        Floats each[LANES] = {}, too[LANES] = {};
-        for (int s = 0; s < many; s++) {
-            const Wide one = x[slot + n + s];
-            each[s] = products(query, one);
-            too[s] = products(other, one);
-        }
-        const Floats all = sums(each), both = sums(too);
-        std::memcpy(found + n, &all, sizeof all);
-        std::memcpy(dots + n, &both, sizeof both);
-    });
+// Products of a vector with all slots.
+template <class Vectors>
+static inline void multiply(const Vectors& x, int64_t slot, int64_t count, const Wide& vector, float* found) {
+    in_blocks(count, [&](int64_t n, auto many) { multiply_block(x, slot + n, many, vector, found + n); });
 }
 
 // The sum of all slots by weights; and products of them with another vector.
@@ -260,10 +253,10 @@ void attend(
                         const int64_t at = ((r * heads + h) * shared + s) * D;
                         const Wide query = arranged(q + at);
                         const bool compares = similarities && s == 0;
-                        if (compares && of_keys)
-                            multiply(keys, slot, count, query, score, other, dots);
-                        else
-                            multiply(keys, slot, count, query, score);
+                        in_blocks(count, [&](int64_t n, auto many) {
+                            multiply_block(keys, slot + n, many, query, score + n);
+                            if (compares && of_keys) multiply_block(keys, slot + n, many, other, dots + n);
+                        });
                         const float all = exponentials(score, bias ? bias + r * bias_row + h * bias_head : bias, count);
                         const Wide mix = compares && !of_keys ? mixed<true>(values, slot, count, score, other, dots)
                                                               : mixed<false>(values, slot, count, score, other, dots);
@@ -320,6 +313,80 @@ void put(
             const int64_t slot = slots[r * groups + h / (heads / groups)];
             std::memcpy(to + (r * row + h * head + slot) * bytes, from + r * from_row + h * from_head, bytes);
         }
+}
+
+// The largest weight that any of q [rows, heads, queries, D] gives to each slot from the first one on: most [rows, heads,
+// count - first]. Otherwise as in attend.
+void most_weight(
+    const float* q, float* most, int64_t rows, int64_t heads, int64_t queries, int64_t count, int64_t row, int64_t head,
+    const void* const* parts, const float* bias, int64_t bias_row, int64_t bias_head, int64_t first) {
+    const Format keys(parts);
+#pragma omp parallel
+    {
+        std::vector<Wide> wide(count);
+        std::vector<float> room(count + LANES);
+        float* const score = room.data();
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t h = 0; h < heads; h++) {
+                float* const found = most + (r * heads + h) * (count - first);
+                const float* const query = q + (r * heads + h) * queries * D;
+                const float* const added = bias ? bias + r * bias_row + h * bias_head : nullptr;
+                for (int64_t n = 0; n < count; n++) wide[n] = keys[r * row + h * head + n];
+                std::fill(found, found + count - first, 0.f);
+                for (int64_t i = 0; i < queries; i++) {
+                    multiply(wide, 0, count, arranged(query + i * D), score);
+                    const float inverse = 1 / exponentials(score, added, count);
+                    for (int64_t n = 0; n < count - first; n++)
+                        found[n] = std::max(found[n], score[first + n] * inverse);
+                }
+            }
+    }
+}
+
+// Of each of tokens [rows, groups, few], which are slots, the nearest among the slots that may be [rows, groups, count]:
+// where it is, and the square of the distance, which is at least close times the sum of both squares.
+void nearest(
+    const void* const* parts, int64_t rows, int64_t heads, int64_t count, int64_t row, int64_t head, int64_t groups,
+    const int64_t* tokens, int64_t few, const bool* never, float close, float* distance, int64_t* where) {
+    const Format keys(parts);
+    const int64_t together = heads / groups;
+#pragma omp parallel
+    {
+        std::vector<Wide> wide(count);
+        std::vector<float> room(2 * count + LANES + few * count);
+        float *const square = room.data(), *const dots = square + count, *const sums = dots + count + LANES;
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t g = 0; g < groups; g++) {
+                const int64_t* const mine = tokens + (r * groups + g) * few;
+                std::fill(sums, sums + few * count, 0.f);
+                for (int64_t h = g * together; h < (g + 1) * together; h++) {
+                    for (int64_t n = 0; n < count; n++) {
+                        wide[n] = keys[r * row + h * head + n];
+                        square[n] = sum(products(wide[n], wide[n]));
+                    }
+                    for (int64_t i = 0; i < few; i++) {
+                        multiply(wide, 0, count, wide[mine[i]], dots);
+                        for (int64_t n = 0; n < count; n++) {
+                            const float both = square[mine[i]] + square[n];
+                            sums[i * count + n] += std::max(both - 2 * dots[n], both * close);
+                        }
+                    }
+                }
+                const bool* const not_here = never + (r * groups + g) * count;
+                for (int64_t i = 0; i < few; i++) {
+                    float* const mine = sums + i * count;
+                    float least = INFINITY;
+                    for (int64_t n = 0; n < count; n++) mine[n] = not_here[n] ? INFINITY : mine[n];
+#pragma omp simd reduction(min : least)
+                    for (int64_t n = 0; n < count; n++) least = std::min(least, mine[n]);
+                    const int64_t at = (r * groups + g) * few + i;
+                    distance[at] = least;
+                    where[at] = std::min<int64_t>(count - 1, std::find(mine, mine + count, least) - mine);
+                }
+            }
+    }
 }
 
 // Of each row of scores and of arrivals [rows, count], the slot that adsa.slots ranks first among those that may leave.

@@ -32,7 +32,11 @@ class Loops:
 
     def __init__(self, library: ctypes.CDLL):
         self._attend, self._count_in, self._put = library.attend, library.count_in, library.put
-        self._least_worthy = library.least_worthy
+        self._least_worthy, self._most_weight, self._nearest = (
+            library.least_worthy,
+            library.most_weight,
+            library.nearest,
+        )
         where = [_size] * 2 + [_pointer] * 2
         self._attend.argtypes = [_pointer] * 2 + [_size] * 4 + where + [_pointer, _size, _size]
         self._attend.argtypes += [_pointer] + [_size] * 3 + [_pointer] * 2 + [_size, _number, _number]
@@ -40,7 +44,10 @@ class Loops:
         self._put.argtypes = [_pointer] + [_size] * 6 + [_pointer] * 2 + [_size] * 2
         self._least_worthy.argtypes = [_pointer] * 2 + [_size] * 3 + [_pointer] + [_size] * 2
         self._least_worthy.argtypes += [_number] * 2 + [_size, _pointer]
-        for function in (self._attend, self._count_in, self._put, self._least_worthy):
+        self._most_weight.argtypes = [_pointer] * 2 + [_size] * 6 + [_pointer] * 2 + [_size] * 3
+        self._nearest.argtypes = [_pointer] + [_size] * 6 + [_pointer, _size, _pointer, _number, _pointer, _pointer]
+        functions = (self._attend, self._count_in, self._put, self._least_worthy, self._most_weight, self._nearest)
+        for function in functions:
             function.restype = None
 
     def __deepcopy__(self, memo) -> "Loops":
@@ -70,14 +77,11 @@ class Loops:
         q = q.contiguous()
         rows, heads, shared, _ = q.shape
         count, out = keys[0].shape[2], torch.empty_like(q)
-        places = (None, 0, 0) if bias is None else (bias, *bias.expand(rows, heads, 1, count).stride()[:2])
-        if bias is not None and bias.stride(3) != 1:
-            raise ValueError("bias of neighbouring slots must be neighbours")
         of_keys, total, inverse_norm, similarities = comparison or (False, None, None, None)
         groups, compared = (heads, 0) if similarities is None else similarities.shape[1:]
         self._attend(
             _at(q), _at(out), rows, heads, shared, count, *_strides(keys), _all(keys), _all(values),
-            _at(places[0]), *places[1:], _at(similarities), of_keys, groups, count - compared, _at(total),
+            *_added(bias, rows, heads), _at(similarities), of_keys, groups, count - compared, _at(total),
             _at(inverse_norm), 0 if inverse_norm is None else inverse_norm.shape[2],
             1 / (max(1, compared) * TIE_SINGLE), TIE_SINGLE,
         )  # fmt: skip
@@ -114,6 +118,47 @@ class Loops:
                 _at(to), x.shape[3] * size, *x.shape[:2], *_strides((to,)), slot.shape[1], _at(slot), _at(x),
                 x.stride(0) * size, x.stride(1) * size,
             )  # fmt: skip
+
+    def most_weight(self, q: Tensor, keys: Parts, bias: Tensor | None, count: int) -> Tensor:
+        """The largest weight that any query's attention gives to each of the last ``count`` slots.
+
+        Args:
+            q: float32 ``[R, H, Q, D]``, scaled.
+            keys, bias: as of :meth:`attend`.
+
+        Returns:
+            float32 ``[R, H, count]``.
+        """
+        q = q.contiguous()
+        rows, heads, queries, _ = q.shape
+        slots, most = keys[0].shape[2], q.new_empty(rows, heads, count)
+        self._most_weight(
+            _at(q), _at(most), rows, heads, queries, slots, *_strides(keys), _all(keys), *_added(bias, rows, heads),
+            slots - count,
+        )  # fmt: skip
+        return most
+
+    def nearest(self, keys: Parts, slots: Tensor, never: Tensor, close: float) -> tuple[Tensor, Tensor]:
+        """As :meth:`adsa.slots.Slots.nearest`.
+
+        Args:
+            keys: as the codec wrote them, ``[R, H, N, n]`` each, some slots of tensors without gaps.
+            slots: of the tokens whose nearest is wanted, int64 ``[R, G, L]``.
+            never: which it can't be, bool ``[R, G, N]``.
+            close: least distance, see there.
+
+        Returns:
+            Squares of distances, float32 ``[R, G, L]``, and slots, int64 of that shape.
+        """
+        rows, heads, count, _ = keys[0].shape
+        slots, never = slots.contiguous(), never.contiguous()
+        distance = torch.empty(slots.shape)
+        where = torch.empty_like(slots)
+        self._nearest(
+            _all(keys), rows, heads, count, *_strides(keys), slots.shape[1], _at(slots), slots.shape[2], _at(never),
+            close, _at(distance), _at(where),
+        )  # fmt: skip
+        return distance, where
 
     def least_worthy(
         self,
@@ -164,6 +209,15 @@ def _at(tensor: Tensor | None) -> int | None:
 
 def _all(parts: Parts) -> ctypes.Array:
     return (_pointer * len(parts))(*map(_at, parts))
+
+
+def _added(bias: Tensor | None, rows: int, heads: int) -> tuple[int | None, int, int]:
+    """Where the bias lies, and how far it is from a row to the next, and from a head to the next."""
+    if bias is None:
+        return None, 0, 0
+    if bias.stride(3) != 1:
+        raise ValueError("bias of neighbouring slots must be neighbours")
+    return _at(bias), *bias.expand(rows, heads, -1, -1).stride()[:2]
 
 
 def _strides(parts: Parts) -> tuple[int, int]:

@@ -311,6 +311,23 @@ class Slots:
             return bias
         return self._empty if bias is None else bias + self._empty
 
+    def most_weight(self, q: Tensor, rows: slice) -> Tensor:
+        """The largest weight that the attention of any of several queries gives to each image token.
+
+        ``q``: ``[rows, Hq, Q, D]``, rotated. Returns ``[rows, H, N]``, of at least float32.
+        """
+        heads = self.stored_k.heads
+        q = q.unflatten(1, (heads, -1)).flatten(2, 3).to(torch.promote_types(q.dtype, torch.float32))
+        q = q * q.shape[-1] ** -0.5
+        if self.loops is not None:
+            keys = self.stored_k.as_written(0, self.reach, rows)
+            return self.loops.most_weight(q, keys, self._added(rows), self.reach - self.condition_slots)
+        keys, bias = self.held_keys(rows, self.wide)
+        scores = q @ keys.to(q.dtype).mT  # [rows, H, Hq / H * Q, C + N]
+        if bias is not None:
+            scores += bias
+        return scores.softmax(-1)[..., self.condition_slots :].amax(2)
+
     def _read(self, store: Storage, first: int, end: int, rows: slice, dtype: torch.dtype | None) -> Tensor:
         """As :meth:`Storage.read`, but that a CPU makes numbers wide in the same memory again and again.
 
@@ -544,7 +561,7 @@ class Slots:
                 leave = torch.zeros_like(self.arrivals, dtype=torch.bool).scatter_(2, found, True)
                 self._into.copy_(
                     self.in_parts(
-                        lambda rows: self.distances(found[rows], rows, leave[rows]).argmin(-1),
+                        lambda rows: self.nearest(found[rows], rows, leave[rows])[1],
                         self._into[0].numel() * self.filled,
                     )
                 )
@@ -618,11 +635,9 @@ class Slots:
             found[part] = made
         return found
 
-    def distances(self, slots: Tensor, rows: slice, leave: Tensor) -> Tensor:
-        """How unlike tokens are to those that they may be merged into: squares of distances between keys.
-
-        They may be merged into those that stay, but for the last line's, whose tokens the next line will look at one by
-        one.
+    def nearest(self, slots: Tensor, rows: slice, leave: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens may be merged into, and how unlike it is: those that stay, but for the last line's, whose tokens
+        the next line will look at one by one.
 
         Args:
             slots: of these tokens, int64 ``[rows, G, L]``.
@@ -630,22 +645,25 @@ class Slots:
             leave: which tokens don't stay, bool ``[rows, G, N]``.
 
         Returns:
-            ``[rows, G, L, N]``, inf for tokens that take none in; at least CLOSE times the sum of both keys' squares.
+            The square of the distance between keys, ``[rows, G, L]``, at least CLOSE times the sum of both keys'
+            squares; and the slot of the nearest, int64 of that shape.
         """
-        first = self.condition_slots
-        keys = self._read(self.stored_k, first, first + self.filled, rows, self.wide)
-        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        square = torch.linalg.vector_norm(keys, dim=-1).square_()  # [rows, H, N]
-        mine = slots.expand(-1, keys.shape[1], -1)
-        left = self.stored_k.pick(first + slots, rows, keys.dtype)
+        first, end = self.condition_slots, self.condition_slots + self.filled
         arrivals = self.arrivals[rows]
         leave = self._or_held(leave, arrivals)
         never = leave | (arrivals >= self.clock - self.columns)
         never = torch.where(never.all(-1, keepdim=True), leave, never)  # where nothing is older
+        if self.loops is not None:
+            return self.loops.nearest(self.stored_k.as_written(first, end, rows), slots, never, CLOSE)
+        keys = self._read(self.stored_k, first, end, rows, self.wide)
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        square = torch.linalg.vector_norm(keys, dim=-1).square_()  # [rows, H, N]
+        mine = slots.expand(-1, keys.shape[1], -1)
+        left = self.stored_k.pick(first + slots, rows, keys.dtype)
         both = square.gather(2, mine).unsqueeze(-1) + square.masked_fill(never, torch.inf).unsqueeze(2)
         found = torch.baddbmm(both.flatten(0, 1), left.flatten(0, 1), keys.flatten(0, 1).mT, alpha=-2)
         found = torch.maximum(found.view_as(both), both.mul_(CLOSE))
-        return found.sum(1, keepdim=True) if self.groups == 1 else found
+        return (found.sum(1, keepdim=True) if self.groups == 1 else found).min(-1)
 
     def _merge(self, slot: Tensor, into: Tensor) -> None:
         """A token that leaves becomes part of another. int64 ``[R, G, 1]`` each."""

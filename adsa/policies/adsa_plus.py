@@ -36,18 +36,12 @@ class AdsaPlus(Policy):
 
     def score(self, layer) -> Tensor:
         numbers = layer.queries.queries[0, :, :, 0].numel() * (layer.condition_slots + layer.filled)
-        return layer.in_parts(lambda rows: self._worth(layer, rows), numbers)
+        return layer.in_parts(lambda rows: self._worth(layer, rows), numbers, once=layer.loops is not None)
 
     @staticmethod
     def _worth(layer, rows: slice) -> Tensor:
         """ln of the worth, ``[rows, G, N]``; beyond the candidates only in the order of odds, above these."""
-        keys, bias = layer.held_keys(rows, layer.wide)
-        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        queries = layer.queries.read(rows).to(keys.dtype).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-        scores = (queries @ keys.mT).mul_(keys.shape[-1] ** -0.5)  # [R, H, Q, N]
-        if bias is not None:
-            scores += bias
-        most = scores.softmax(-1)[..., layer.condition_slots :].amax(2)  # [R, H, N]
+        most = layer.most_weight(layer.queries.read(rows), rows)
         odds = (most / (1 - most).clamp(min=1e-4)).clamp(min=torch.finfo(most.dtype).tiny)
         if layer.groups == 1:
             odds = odds.amax(1, keepdim=True)
@@ -55,6 +49,6 @@ class AdsaPlus(Policy):
         few = min(CANDIDATES * max(layer.ranked, layer.filled - layer.budget), layer.filled)
         _, candidates = odds.masked_fill(stays, torch.inf).topk(few, largest=False)
         leave = torch.zeros_like(stays).scatter_(2, candidates, True) & ~stays
-        distance = layer.distances(candidates, rows, leave).amin(-1)
+        distance, _ = layer.nearest(candidates, rows, leave)
         worth = odds.log()
         return worth.add(1000).scatter_(2, candidates, worth.gather(2, candidates) + distance.log() / 2)

@@ -56,7 +56,7 @@ def called(monkeypatch):
 
         return wrapper
 
-    for name in ("attend", "count_in", "put", "least_worthy"):
+    for name in ("attend", "count_in", "put", "least_worthy", "most_weight", "nearest"):
         monkeypatch.setattr(Loops, name, noted(name))
     return names
 
@@ -102,6 +102,8 @@ def test_loops_change_nothing(called, cfg, monkeypatch):
     expected["count_in"] = cfg.policy != "full" and compares
     expected["put"] = evicts
     expected["least_worthy"] = evicts and cfg.renewal == 1 and not cfg.merges
+    expected["most_weight"] = rule.query_lines > 0
+    expected["nearest"] = cfg.merges or rule.query_lines > 0
     assert called == {name for name, used in expected.items() if used}
 
 
@@ -176,6 +178,37 @@ def test_by_its_definition(codec, dtype, joint, count):
     loop.put(mine_too.as_written(condition, condition + count, mine), slots, codec.encode(new.to(dtype)))
     plain.put(condition + slots, new, mine)
     assert all(map(torch.equal, mine_too.parts, plain.parts))
+
+
+@pytest.mark.parametrize("count", [1, 16, 53])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("codec, dtype", FORMATS, ids=lambda x: type(x).__name__ if hasattr(x, "encode") else str(x))
+def test_what_a_policy_asks_of_keys(codec, dtype, groups, count):
+    """Weights of several queries, and nearest keys; in double precision."""
+    torch.manual_seed(0)
+    rows, heads, queries, few, condition, dim, close = 2, 3, 5, 4, 2, 64, 2.0**-10
+    loop, store = loops(codec, dtype, dim), Storage(codec, (rows, heads, condition + count + 1, dim), dtype, "cpu")
+    store.write(0, torch.randn(rows, heads, condition + count + 1, dim))
+    k = store.read(0, condition + count, dtype=torch.float32).double()
+    q, bias = torch.randn(rows, heads, queries, dim), torch.randn(rows, heads, 1, condition + count + 1)
+    bias[0, ..., 0] = -torch.inf
+    for added in (bias[..., : condition + count], None):
+        found = loop.most_weight(q, store.as_written(0, condition + count), added, count)
+        exact = (q.double() @ k.mT + (0 if added is None else added)).softmax(-1)[..., condition:].amax(2)
+        torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=1e-4)
+    k, never = k[:, :, condition:], torch.rand(rows, groups, count) < 0.3
+    never[..., 0] = False
+    never[0, 0] = count == 16  # none may be
+    tokens = torch.randint(count, (rows, groups, few))
+    left = k.gather(2, tokens.expand(-1, heads, -1).unsqueeze(-1).expand(-1, -1, -1, dim))
+    exact = torch.cdist(left, k).square()
+    exact = exact.maximum(close * (left.square().sum(-1).unsqueeze(-1) + k.square().sum(-1).unsqueeze(2)))
+    exact = exact.sum(1, keepdim=True) if groups == 1 else exact
+    exact = exact.masked_fill(never.unsqueeze(2), torch.inf)
+    distance, where = loop.nearest(store.as_written(condition, condition + count), tokens, never, close)
+    torch.testing.assert_close(distance.double(), exact.amin(-1), atol=1e-4, rtol=1e-4)
+    assert where.lt(count).all()
+    torch.testing.assert_close(exact.gather(3, where.unsqueeze(3)).squeeze(3), exact.amin(-1), atol=1e-4, rtol=1e-4)
 
 
 def test_hidden_slots_have_no_weight():
