@@ -112,7 +112,7 @@ class LayerCache:
         slots, compares = self.slots, self.slots.compares(self.rows)
         if compares:
             slots.join(self.rows)
-        looped = slots.loops is not None and slots.attention is None
+        looped = slots.loops is not None and slots.attention is None and not q.requires_grad
         out = self._looped(q, compares) if looped else self._read_once(q, compares)
         if compares:
             slots.compared(self.rows)

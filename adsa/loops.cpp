@@ -152,7 +152,7 @@ static inline float sum(Floats x) {
     return all;
 }
 
-// Within 2 units in the last place, and 0 of -87.3 and less.
+// Within 2 units in the last place; 0 below -87.
 static inline float exponential(float x) {
     const float n = std::nearbyint(std::max(x, -87.f) * 1.44269504f);
     const float r = std::fma(n, -1.42860677e-6f, std::fma(n, -0.693145752f, std::max(x, -87.f)));  // |r| < 0.35

@@ -24,13 +24,16 @@ _pointer, _size, _number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class Loops:
-    """The loops over keys and values that are written in one way.
+    """The loops over keys and values that are written in one way. All tensors are a CPU's.
 
     Args:
         library: loops.cpp.
+        written: how, as that names it.
+        dim: D.
     """
 
-    def __init__(self, library: ctypes.CDLL):
+    def __init__(self, library: ctypes.CDLL, written: str, dim: int):
+        self._made_of = written, dim
         self._attend, self._count_in, self._put = library.attend, library.count_in, library.put
         self._least_worthy, self._most_weight, self._nearest = (
             library.least_worthy,
@@ -50,8 +53,8 @@ class Loops:
         for function in functions:
             function.restype = None
 
-    def __deepcopy__(self, memo) -> "Loops":
-        return self  # of a cache that is copied
+    def __reduce__(self):
+        return _compiled, self._made_of  # of a cache that is copied or pickled
 
     def attend(
         self,
@@ -75,13 +78,20 @@ class Loops:
             float32 ``[R, H, Hq / H, D]``.
         """
         q = q.contiguous()
-        rows, heads, shared, _ = q.shape
-        count, out = keys[0].shape[2], torch.empty_like(q)
+        (rows, heads, shared, dim), count = q.shape, keys[0].shape[2]
+        for parts in (keys, values):
+            _check("keys and values", parts[0], (rows, heads, count, parts[0].shape[3]))
+        _check("queries", q, (rows, heads, shared, self._made_of[1]), torch.float32)
+        out = torch.empty_like(q)
         of_keys, total, inverse_norm, similarities = comparison or (False, None, None, None)
         groups, compared = (heads, 0) if similarities is None else similarities.shape[1:]
+        if similarities is not None:
+            _check("similarities", similarities, (rows, groups, compared), torch.float32)
+            _check("total", total, (rows, heads, dim), torch.float32)
+            _check("inverse_norm", inverse_norm, (rows, groups, max(compared, inverse_norm.shape[2])), torch.float32)
         self._attend(
             _at(q), _at(out), rows, heads, shared, count, *_strides(keys), _all(keys), _all(values),
-            *_added(bias, rows, heads), _at(similarities), of_keys, groups, count - compared, _at(total),
+            *_added(bias, rows, heads, count), _at(similarities), of_keys, groups, count - compared, _at(total),
             _at(inverse_norm), 0 if inverse_norm is None else inverse_norm.shape[2],
             1 / (max(1, compared) * TIE_SINGLE), TIE_SINGLE,
         )  # fmt: skip
@@ -97,6 +107,9 @@ class Loops:
         """
         (rows, heads, _), groups = total.shape, inverse_norm.shape[1]
         slots, at = (None, slot) if isinstance(slot, int) else (slot.contiguous(), 0)
+        _check("features", features[0], (rows, heads, *features[0].shape[2:]))
+        if slots is not None:
+            _check("slots", slots, (rows, groups, 1), torch.int64)
         self._count_in(
             _all(features), rows, heads, *_strides(features), groups, _at(slots), at, _at(total), _at(inverse_norm),
             inverse_norm.shape[2],
@@ -110,12 +123,14 @@ class Loops:
             slot: int64 ``[R, 1 or H, 1]``.
             new: ``[R, H, 1, n]`` each.
         """
-        slot = slot.contiguous()
+        slot, (rows, heads) = slot.contiguous(), parts[0].shape[:2]
+        _check("slots", slot, (rows, slot.shape[1], 1), torch.int64)
         for to, x in zip(parts, new, strict=True):
+            _check("a token's numbers", x, (rows, heads, 1, to.shape[3]), to.dtype)
             x = x if x.stride(3) == 1 else x.contiguous()
             size = x.element_size()
             self._put(
-                _at(to), x.shape[3] * size, *x.shape[:2], *_strides((to,)), slot.shape[1], _at(slot), _at(x),
+                _at(to), x.shape[3] * size, rows, heads, *_strides((to,)), slot.shape[1], _at(slot), _at(x),
                 x.stride(0) * size, x.stride(1) * size,
             )  # fmt: skip
 
@@ -132,8 +147,10 @@ class Loops:
         q = q.contiguous()
         rows, heads, queries, _ = q.shape
         slots, most = keys[0].shape[2], q.new_empty(rows, heads, count)
+        _check("keys", keys[0], (rows, heads, slots, keys[0].shape[3]))
+        _check("queries", q, (rows, heads, queries, self._made_of[1]), torch.float32)
         self._most_weight(
-            _at(q), _at(most), rows, heads, queries, slots, *_strides(keys), _all(keys), *_added(bias, rows, heads),
+            _at(q), _at(most), rows, heads, queries, slots, *_strides(keys), _all(keys), *_added(bias, rows, heads, slots),
             slots - count,
         )  # fmt: skip
         return most
@@ -152,8 +169,9 @@ class Loops:
         """
         rows, heads, count, _ = keys[0].shape
         slots, never = slots.contiguous(), never.contiguous()
-        distance = torch.empty(slots.shape)
-        where = torch.empty_like(slots)
+        _check("slots", slots, (rows, *slots.shape[1:]), torch.int64)
+        _check("never", never, (rows, slots.shape[1], count), torch.bool)
+        distance, where = torch.empty_like(slots, dtype=torch.float32), torch.empty_like(slots)
         self._nearest(
             _all(keys), rows, heads, count, *_strides(keys), slots.shape[1], _at(slots), slots.shape[2], _at(never),
             close, _at(distance), _at(where),
@@ -172,9 +190,17 @@ class Loops:
         fraction: float,
         bits: int,
     ) -> Tensor:
-        """The slot whose token is to leave, int64 ``[R, G, 1]``; arguments as of :func:`adsa.kernels.ranks`."""
-        score, (rows, groups, count) = score.contiguous(), score.shape
-        found = torch.empty(rows, groups, 1, dtype=torch.int64)
+        """The slot whose token is to leave, int64 ``[R, G, 1]``.
+
+        Args:
+            score: float32 ``[R, G, N]``.
+            arrivals: int32 ``[R, G, N]``, a part of the slots of a tensor that has no gaps.
+            number, prefix, local, largest, fraction, bits: as of :func:`adsa.kernels.ranks`, whose clock is the number.
+        """
+        score, (rows, groups, count) = score.contiguous(), arrivals.shape
+        _check("scores", score, (rows, groups, count), torch.float32)
+        _check("arrivals", arrivals, (rows, groups, count), torch.int32)
+        found = torch.empty_like(arrivals[..., :1], dtype=torch.int64, memory_format=torch.contiguous_format)
         self._least_worthy(
             _at(score), _at(arrivals), rows * groups, count, arrivals.stride(1), _at(number), prefix, local, largest,
             fraction, bits, _at(found),
@@ -200,7 +226,16 @@ def loops(codec: Codec, dtype: torch.dtype, dim: int) -> Loops | None:
 @functools.cache
 def _compiled(written: str, dim: int) -> Loops | None:
     library = native.library(Path(__file__).with_suffix(".cpp"), FORMAT=written, HEAD_DIM=dim)
-    return None if library is None else Loops(library)
+    return None if library is None else Loops(library, written, dim)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError for what C++ would read past its end, or as other numbers."""
+    if tensor.shape != shape or not tensor.is_cpu or dtype not in (None, tensor.dtype):
+        kind = "" if dtype is None else f"{dtype} "
+        raise ValueError(
+            f"{name} must be {kind}{[*shape]} on the CPU, not {tensor.dtype} {[*tensor.shape]} on {tensor.device}"
+        )
 
 
 def _at(tensor: Tensor | None) -> int | None:
@@ -211,10 +246,11 @@ def _all(parts: Parts) -> ctypes.Array:
     return (_pointer * len(parts))(*map(_at, parts))
 
 
-def _added(bias: Tensor | None, rows: int, heads: int) -> tuple[int | None, int, int]:
+def _added(bias: Tensor | None, rows: int, heads: int, count: int) -> tuple[int | None, int, int]:
     """Where the bias lies, and how far it is from a row to the next, and from a head to the next."""
     if bias is None:
         return None, 0, 0
+    _check("bias", bias, (*bias.shape[:2], 1, count), torch.float32)
     if bias.stride(3) != 1:
         raise ValueError("bias of neighbouring slots must be neighbours")
     return _at(bias), *bias.expand(rows, heads, -1, -1).stride()[:2]

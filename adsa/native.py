@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,13 +23,13 @@ _TIME_LIMIT = 120  # seconds
 
 
 def wanted() -> bool:
-    """Whether C++ is to be used, where this processor's vectors are known. ADSA_KERNELS=0 turns it off."""
+    """Whether to try C++: on a processor whose vectors are known here, unless ADSA_KERNELS=0 says no."""
     return _capability() in _VECTORS and os.environ.get("ADSA_KERNELS") != "0"
 
 
 @functools.cache
 def library(source: Path, **constants: int | str) -> ctypes.CDLL | None:
-    """A source's functions, or None, with a warning that says why, where it can't be compiled. Tried once.
+    """A source's functions, or None, with a warning that says why, where they can't be had. Tried once.
 
     Threads are those of PyTorch, whose OpenMP it shares.
 
@@ -37,11 +38,16 @@ def library(source: Path, **constants: int | str) -> ctypes.CDLL | None:
         constants: of its preprocessor.
     """
     try:
-        return ctypes.CDLL(str(_compiled(source, constants)))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
+        made = _compiled(source, constants)
+        try:
+            return ctypes.CDLL(str(made))
+        except OSError:  # cut off, or of another system that has the same folder
+            made.unlink()
+            return ctypes.CDLL(str(_compiled(source, constants)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
+        said = str(getattr(error, "stderr", None) or error).strip() or type(error).__name__
         warnings.warn(
-            f"{source.name} can't be compiled here, so that steps are slower: {str(said).strip().splitlines()[0]}. "
+            f"{source.name} can't be compiled here, so that steps are slower: {said.splitlines()[0]}. "
             "It needs g++, or another GCC that CXX names, and a folder to write to, which XDG_CACHE_HOME may name; "
             "ADSA_KERNELS=0 does without",
             stacklevel=2,
@@ -51,11 +57,8 @@ def library(source: Path, **constants: int | str) -> ctypes.CDLL | None:
 
 def _compiled(source: Path, constants: dict[str, int | str]) -> Path:
     """The shared object of a source, from an earlier time if it is the same."""
-    compiler = os.environ.get("CXX") or "g++"
-    if shutil.which(compiler) is None:
-        raise FileNotFoundError(f"there is no {compiler}")
     defined = [f"-D{name}={value}" for name, value in constants.items()]
-    command = [compiler, *_FLAGS, *_VECTORS[_capability()], *defined]
+    command = [*_compiler(), *_FLAGS, *_VECTORS[_capability()], *defined]
     key = hashlib.sha256("\0".join([*command, source.read_text()]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adsa"
     made = folder / f"{source.stem}-{key}.so"
@@ -63,11 +66,17 @@ def _compiled(source: Path, constants: dict[str, int | str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as room:
             new = Path(room) / made.name
-            subprocess.run(
-                [*command, str(source), "-o", str(new)], check=True, capture_output=True, text=True, timeout=_TIME_LIMIT
-            )
+            command += [str(source), "-o", str(new)]
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_TIME_LIMIT)
             new.replace(made)  # whole or not at all, and other processes may do the same
     return made
+
+
+def _compiler() -> list[str]:
+    for command in (shlex.split(os.environ.get("CXX", "")), ["g++"]):
+        if command and shutil.which(command[0]):
+            return command
+    raise FileNotFoundError(f"there is no {os.environ.get('CXX') or 'g++'}")
 
 
 def _capability() -> str:

@@ -43,13 +43,6 @@ def inverse_norms(v: Tensor, *, joint: bool) -> Tensor:
     return torch.where(square > 0, square.rsqrt(), square)
 
 
-def add_unit(total: Tensor, v: Tensor, *, joint: bool) -> Tensor:
-    """Add v / |v|, ``[B, H, 1, D]``, to a ``total`` of unit vectors, ``[B, H, D]``; its :func:`inverse_norms`."""
-    inverse = inverse_norms(v.to(total.dtype), joint=joint)
-    total.add_((v * inverse.unsqueeze(-1)).squeeze(2))
-    return inverse
-
-
 def mean_similarities(dots: Tensor, inverse_norm: Tensor) -> Tensor:
     """s_i (Eq. 3) of the first N tokens, written over ``dots``, :meth:`RunningSimilarity.dots` of theirs."""
     count, tie = dots.shape[2], TIE.get(dots.dtype, TIE_SINGLE)
@@ -79,7 +72,8 @@ class RunningSimilarity:
 
     def add(self, slot: int | Tensor, v: Tensor, rows: slice = ALL) -> None:
         """A token enters each of these rows. ``slot``: int64 ``[B, G, 1]``, or one for all; ``v``: ``[B, H, 1, D]``."""
-        inverse = add_unit(self.total[rows], v, joint=self.joint)
+        inverse = inverse_norms(v.to(self.total.dtype), joint=self.joint)
+        self.total[rows] += (v * inverse.unsqueeze(-1)).squeeze(2)
         if isinstance(slot, int):
             self.inverse_norm[rows, :, slot : slot + 1] = inverse
         else:

@@ -412,7 +412,7 @@ class Slots:
     def put(self, store: Storage, slot: Tensor, x: Tensor, rows: slice) -> None:
         """A token into its slot, int64 ``[R, G, 1]``. ``x``: ``[B, H, 1, D]``, for these rows."""
         first = self.condition_slots
-        if self.loops is None:
+        if self.loops is None or x.requires_grad:
             store.put(first + slot[rows], x, rows)
         else:
             to = store.as_written(first, first + self.capacity, rows)
@@ -517,7 +517,8 @@ class Slots:
         """Where these rows' similarities go to: for all steps the same memory, see :meth:`_read`."""
         if self._similarities is None:
             shape = (self.layers * self.batch, self.groups, self.capacity)
-            self._similarities = torch.empty(shape, dtype=self.similarity.total.dtype, device=self.device)
+            with torch.inference_mode(False):  # it may be written to outside of that as well
+                self._similarities = torch.empty(shape, dtype=self.similarity.total.dtype, device=self.device)
         return self._similarities[rows]
 
     def similarities(self) -> Tensor:
@@ -578,7 +579,7 @@ class Slots:
         score, arrivals = score[rows], self.arrivals[rows]
         numbers = {"prefix": self.prefix, "local": self.local}
         numbers |= {"largest": _LARGEST, "fraction": _FRACTION, "bits": ARRIVAL_BITS}
-        if self._loops_rank:
+        if self._loops_rank and score.dtype != torch.float64:
             return self.loops.least_worthy(score.float(), arrivals, self._number, **numbers)
         if self.fused and score.dtype == torch.float32 and not torch.compiler.is_compiling():
             from adsa import kernels  # needs Triton

@@ -2,14 +2,19 @@
 
 import gc
 import os
-import shutil
 
 import torch
 
 if not torch.cuda.is_available():  # before anything imports Triton, which then interprets its kernels on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
-if not shutil.which("g++"):  # without a warning of each test
-    os.environ["ADSA_KERNELS"] = "0"
+
+from adsa import native
+
+if native.wanted():
+    try:
+        native._compiler()
+    except FileNotFoundError:  # told once, and not as an error of each test
+        native.wanted = lambda: False
 
 
 def pytest_collection_finish(session):

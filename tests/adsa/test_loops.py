@@ -3,12 +3,15 @@
 import copy
 import itertools
 import math
-import shutil
+import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from adsa import CacheConfig, KVCache, Order, native
+from adsa import CacheConfig, KVCache, LayerCache, Order, native
 from adsa.loops import Loops, loops
 from adsa.policies import POLICIES
 from adsa.similarity import TIE_SINGLE, RunningSimilarity
@@ -16,10 +19,9 @@ from adsa.slots import ARRIVAL_BITS, MOST_TOKENS, _ranks
 from adsa.storage import CODECS, Plain, Storage
 from tests.adsa.test_cache import TOKENS, B, H, config, stream
 
-pytestmark = [
-    pytest.mark.skipif(not shutil.which("g++"), reason="no g++"),
-    pytest.mark.skipif(not native.wanted(), reason="no vectors of a kind that loops are written for"),
-]
+needs_loops = pytest.mark.skipif(not native.wanted(), reason="no g++, or no vectors that loops are written for")
+WIDTHS = sorted(native._VECTORS)[: 2 if native._capability() == "AVX512" else 1]  # of vectors that work here
+SOURCE = Path(loops.__code__.co_filename).with_suffix(".cpp")
 D = 32
 FULL = CacheConfig("full")
 LONE = [
@@ -39,6 +41,13 @@ FORMATS = [
     *((codec, torch.bfloat16) for codec in CODECS.values()),
     (CODECS["int8"], torch.float32),
 ]
+
+
+def loop_of(width, codec, dtype, dim, monkeypatch):
+    """As on a processor whose vectors are so wide."""
+    monkeypatch.setattr(native, "_capability", lambda: width)
+    written = loops(codec, dtype, dim)._made_of
+    return Loops(native.library.__wrapped__(SOURCE, FORMAT=written[0], HEAD_DIM=written[1]), *written)
 
 
 @pytest.fixture
@@ -88,6 +97,7 @@ def both(monkeypatch, *args, **given):
     return plain, outputs(*args, **given)
 
 
+@needs_loops
 @pytest.mark.parametrize(
     "cfg", [FULL, *LONE, *OTHERS], ids=lambda c: f"{c.policy}-{c.granularity}-{c.mode}-{c.renew_every}-{c.dtype}"
 )
@@ -107,6 +117,7 @@ def test_loops_change_nothing(called, cfg, monkeypatch):
     assert called == {name for name, used in expected.items() if used}
 
 
+@needs_loops
 @pytest.mark.parametrize("cfg", [FULL, config("adsa")], ids=["full", "adsa"])
 @pytest.mark.parametrize("given", [{"fixed": True}, {"order": Order(1, 0, TOKENS)}], ids=["fixed", "order"])
 def test_other_caches(called, cfg, given, monkeypatch):
@@ -118,6 +129,7 @@ def test_other_caches(called, cfg, given, monkeypatch):
     assert called == (names if "fixed" in given else set())
 
 
+@needs_loops
 @pytest.mark.parametrize("heads", [H, 2 * H])
 @pytest.mark.parametrize("dim", [64, 96])
 @pytest.mark.parametrize("policy", ["full", "adsa"])
@@ -130,20 +142,23 @@ def test_half_precision(called, policy, dim, heads, monkeypatch):
     assert called and found[-1].dtype == torch.bfloat16
 
 
+@needs_loops
 @pytest.mark.parametrize("dtype, dim", [(torch.float64, 32), (torch.float16, 32), (torch.float32, 40)], ids=str)
 def test_what_there_are_no_loops_for(called, dtype, dim):
     outputs(config("adsa"), dtype, dim=dim)
     assert not called and loops(Plain(), dtype, dim) is None
 
 
+@needs_loops
 @pytest.mark.parametrize("count", [1, 16, 53])
 @pytest.mark.parametrize("joint", [False, True], ids=["head", "layer"])
 @pytest.mark.parametrize("codec, dtype", FORMATS, ids=lambda x: type(x).__name__ if hasattr(x, "encode") else str(x))
-def test_by_its_definition(codec, dtype, joint, count):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_by_its_definition(width, codec, dtype, joint, count, monkeypatch):
     """Of some rows and slots, in double precision."""
     torch.manual_seed(0)
     rows, heads, shared, condition, dim, spare = 4, 3, 2, 5, 64, 3
-    loop, groups, mine = loops(codec, dtype, dim), 1 if joint else heads, slice(1, 3)
+    loop, groups, mine = loop_of(width, codec, dtype, dim, monkeypatch), 1 if joint else heads, slice(1, 3)
     stores = [Storage(codec, (rows, heads, condition + count + spare, dim), dtype, "cpu") for _ in "kv"]
     for store in stores:
         store.write(0, 3 * torch.randn(rows, heads, condition + count + spare, dim))
@@ -180,14 +195,19 @@ def test_by_its_definition(codec, dtype, joint, count):
     assert all(map(torch.equal, mine_too.parts, plain.parts))
 
 
+@needs_loops
 @pytest.mark.parametrize("count", [1, 16, 53])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("codec, dtype", FORMATS, ids=lambda x: type(x).__name__ if hasattr(x, "encode") else str(x))
-def test_what_a_policy_asks_of_keys(codec, dtype, groups, count):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_a_policy_asks_of_keys(width, codec, dtype, groups, count, monkeypatch):
     """Weights of several queries, and nearest keys; in double precision."""
     torch.manual_seed(0)
     rows, heads, queries, few, condition, dim, close = 2, 3, 5, 4, 2, 64, 2.0**-10
-    loop, store = loops(codec, dtype, dim), Storage(codec, (rows, heads, condition + count + 1, dim), dtype, "cpu")
+    loop, store = (
+        loop_of(width, codec, dtype, dim, monkeypatch),
+        Storage(codec, (rows, heads, condition + count + 1, dim), dtype, "cpu"),
+    )
     store.write(0, torch.randn(rows, heads, condition + count + 1, dim))
     k = store.read(0, condition + count, dtype=torch.float32).double()
     q, bias = torch.randn(rows, heads, queries, dim), torch.randn(rows, heads, 1, condition + count + 1)
@@ -211,6 +231,7 @@ def test_what_a_policy_asks_of_keys(codec, dtype, groups, count):
     torch.testing.assert_close(exact.gather(3, where.unsqueeze(3)).squeeze(3), exact.amin(-1), atol=1e-4, rtol=1e-4)
 
 
+@needs_loops
 def test_hidden_slots_have_no_weight():
     """Whatever lies there, short of no number at all; and scores are as large as they like."""
     keys, values = torch.zeros(1, 1, 20, D), torch.ones(1, 1, 20, D)
@@ -221,6 +242,7 @@ def test_hidden_slots_have_no_weight():
     assert out.equal(torch.ones(1, 1, 1, D))
 
 
+@needs_loops
 def test_victims():
     """By score, then by arrival; infinite scores are as large as the largest that counts."""
     torch.manual_seed(0)
@@ -240,63 +262,215 @@ def test_victims():
         assert loop.least_worthy(score, room, number, prefix=prefix, local=local, **numbers).equal(exact)
 
 
-def test_scores_are_not_broadcast():
-    bias = torch.zeros(1, 1, 1, 1).expand(1, 1, 1, 9)
-    with pytest.raises(ValueError, match="neighbour"):
-        x = torch.zeros(1, 1, 9, D)
-        loops(Plain(), torch.float32, D).attend(torch.zeros(1, 1, 1, D), (x,), (x,), bias)
+def one_step(seed=0, rows=2, policy="adsa_plus", **given):
+    """A cache that is full, and a token that comes."""
+    torch.manual_seed(seed)
+    shape = {"n_layer": 1, "n_kv_head": 2, "head_dim": D, "condition_tokens": 1, "max_tokens": 40}
+    kv = KVCache(config(policy, **given), batch=rows, dtype=torch.float32, device="cpu", **shape)
+    stream = torch.randn(30, 3, rows, 2, 1, D)
+    for token in stream[:-1]:
+        kv.layers[0].attend(*token)
+    return kv.layers[0], stream[-1]
 
 
+@needs_loops
+def test_threads_do_not_matter():
+    """They are PyTorch's."""
+    made, library = [], native.library(SOURCE, FORMAT="BFloat16", HEAD_DIM=D)
+    for threads in (1, 4):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            made.append([outputs(cfg, torch.bfloat16) for cfg in (config("adsa"), config("adsa_plus"))])
+            assert library.omp_get_max_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    torch.testing.assert_close(*made, atol=0, rtol=0)
+
+
+@needs_loops
+@pytest.mark.parametrize("policy", ["adsa", "adsa_plus"])
+def test_other_defaults_are_not_the_loops(policy, monkeypatch):
+    """Of a program that makes tensors of another kind, on another device."""
+    (cache, token), (other, _) = (one_step(policy=policy) for _ in range(2))
+    expected, before = cache.attend(*token), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = other.attend(*token)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.equal(expected) and other.positions.equal(cache.positions)
+
+
+@needs_loops
+@pytest.mark.parametrize("policy", ["adsa", "keydiff", "r_kv", "adsa_plus"])
+def test_inference_mode_and_then_without(policy, monkeypatch):
+    streams = stream(dim=D, dtype=torch.float32)
+    shape = {"batch": B, "n_kv_head": H, "head_dim": D, "condition_tokens": 1, "max_tokens": TOKENS}
+
+    def run(*modes):
+        kv = KVCache(config(policy), n_layer=1, dtype=torch.float32, device="cpu", **shape)
+        found = []
+        for t in range(1 + TOKENS):
+            with modes[t // 25]():
+                found.append(kv.layers[0].attend(*(x[:, :, t : t + 1] for x in streams)).clone())
+        return found
+
+    expected = run(torch.no_grad, torch.no_grad)
+    for modes in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
+        torch.testing.assert_close(run(*modes), expected, atol=0, rtol=0)
+
+
+@needs_loops
+def test_what_wants_gradients_has_no_loops(called):
+    """Neither is cut out of a graph: a query by its attention, nor a value by where it is put."""
+    cache, token = one_step(policy="adsa")
+    called.clear()
+    q, k, v = (x.clone().requires_grad_() for x in token)
+    cache.attend(q, k, v).sum().backward()
+    assert called.isdisjoint({"attend", "compare", "put"})
+    assert q.grad.any() and v.grad.any()
+
+
+@needs_loops
+def test_a_cache_that_is_used_again():
+    streams = stream(dim=D, dtype=torch.float32)
+    shape = {"batch": B, "n_kv_head": H, "head_dim": D, "condition_tokens": 1, "max_tokens": TOKENS}
+    kv = KVCache(config("adsa"), n_layer=1, dtype=torch.float32, device="cpu", **shape)
+    made = []
+    for _ in range(2):
+        made.append([kv.layers[0].attend(*(x[:, :, t : t + 1] for x in streams)).clone() for t in range(1 + TOKENS)])
+        kv.reset()
+    torch.testing.assert_close(*made, atol=0, rtol=0)
+
+
+@needs_loops
+@pytest.mark.parametrize("policy", ["adsa", "adsa_plus"])
+def test_a_compiler_finds_no_loops(policy, called):
+    (cache, token), (other, _) = (one_step(policy=policy) for _ in range(2))
+    expected = cache.attend(*token)
+    called.clear()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    found = torch.compile(LayerCache.attend, backend=counter)(other, *token)
+    assert counter.frame_count and not called
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert other.positions.equal(cache.positions)
+
+
+@needs_loops
+def test_wrong_shapes_are_told():
+    """C++ would read past the end."""
+    cache, (q, k, v) = one_step(policy="adsa", rows=2)
+    loop, slots = cache.slots.loops, cache.slots
+    keys, values, _ = slots.as_written(slice(0, 2))
+    comparison = slots.comparison(slice(0, 2))
+    wide = q[:, :, :1].float()
+    for call in (
+        lambda: loop.attend(wide[:1], keys, values, None),
+        lambda: loop.attend(wide[..., :16], keys, values, None),
+        lambda: loop.attend(wide.double(), keys, values, None),
+        lambda: loop.attend(wide, keys, values, torch.zeros(1, 1, 1, 1).expand(1, 1, 1, keys[0].shape[2])),
+        lambda: loop.attend(wide, keys, values, torch.zeros(1, 1, 1, 3)),
+        lambda: loop.attend(wide, keys, values, None, (*comparison[:3], comparison[3][:1])),
+        lambda: loop.attend(wide, tuple(x.to("meta") for x in keys), values, None),
+        lambda: loop.count_in(keys, torch.zeros(2, 1, 1).long(), *comparison[1:3]),
+        lambda: loop.put(keys, torch.zeros(1, 2, 1).long(), (k,)),
+        lambda: loop.put(keys, torch.zeros(2, 2, 1).long(), (k[:1],)),
+        lambda: loop.most_weight(wide[:1], keys, None, 16),
+        lambda: loop.nearest(keys, torch.zeros(2, 2, 3).long(), torch.zeros(2, 2, 5).bool(), 0.1),
+        lambda: slots._least(torch.zeros(2, 1, 16), slice(0, 2)),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            call()
+    with pytest.raises(ValueError, match="must be"):
+        cache.attend(q[:1], k[:1], v[:1])
+
+
+@needs_loops
+def test_scores_in_double_precision_are_not_rounded(monkeypatch):
+    cache, token = one_step(policy="adsa")
+    monkeypatch.setattr(type(cache.slots.policy), "score", lambda _, slots: 1000 - 1e-6 * slots.arrivals.double())
+    last = cache.positions.clone()
+    last[last > cache.count - 5] = -1
+    cache.attend(*token)
+    assert not (cache.positions == last.amax(-1, keepdim=True)).any()
+
+
+@needs_loops
 def test_a_cache_may_be_copied():
-    shape = {"n_layer": 1, "batch": 1, "n_kv_head": 1, "head_dim": D, "condition_tokens": 1, "max_tokens": 9}
-    cache = KVCache(CacheConfig("adsa", 4), **shape, dtype=torch.float32, device="cpu")
-    assert copy.deepcopy(cache)._all[0].loops is cache._all[0].loops is not None
+    cache = one_step()[0].slots
+    assert copy.deepcopy(cache).loops._made_of == cache.loops._made_of
+    assert pickle.loads(pickle.dumps(cache.loops)).attend is not None
 
 
 # Where they come from
 
 
-SOURCE = "#include <cmath>\n" + 'extern "C" double power(double x) { return std::pow(x, EXPONENT); }\n'
+POWER = "#include <cmath>\n" + 'extern "C" double power(double x) { return std::pow(x, EXPONENT); }\n'
 
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "made"))
+    monkeypatch.delenv("CXX", raising=False)
     path = tmp_path / "power.cpp"
-    path.write_text(SOURCE)
+    path.write_text(POWER)
     return path
 
 
+@needs_loops
 def test_compiled_once(source, tmp_path):
     first, again, other = (native._compiled(source, {"EXPONENT": exponent}) for exponent in (2, 2, 3))
     assert first == again != other
     assert sorted((tmp_path / "made" / "adsa").iterdir()) == sorted([first, other])
+    other.write_bytes(b"cut off")  # is made again
     library = native.library(source, EXPONENT=3)
     library.power.restype, library.power.argtypes = native.ctypes.c_double, [native.ctypes.c_double]
     assert math.isclose(library.power(2.0), 8.0)
 
 
-@pytest.mark.parametrize("fault", ["compiler", "source", "folder", "library"])
+@needs_loops
+@pytest.mark.parametrize("compiler", ["g++ -g0", "no-such-compiler"])
+def test_compilers(source, compiler, monkeypatch):
+    """CXX may have arguments; and need not be there."""
+    monkeypatch.setenv("CXX", compiler)
+    assert native._compiler() == (["g++", "-g0"] if " " in compiler else ["g++"])
+    assert native.library(source, EXPONENT=2) is not None
+
+
+@pytest.mark.parametrize("fault", ["compiler", "source", "folder", "home"])
 def test_where_nothing_compiles(source, fault, tmp_path, monkeypatch):
     """PyTorch does the work, and says so once."""
     if fault == "compiler":
-        monkeypatch.setenv("CXX", "no-such-compiler")
+        monkeypatch.setenv("PATH", str(tmp_path))
     elif fault == "source":
-        source.write_text("not C++")
-    elif fault == "folder":
-        (tmp_path / "made").write_text("no folder")
+        compiler = tmp_path / "g++"
+        compiler.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('error: of some kind')\n")
+        compiler.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
     else:
-        native._compiled(source, {"EXPONENT": 2}).write_bytes(b"cut off")
-    why = {"compiler": "no no-such-compiler", "source": "error", "folder": "made", "library": "file too short"}[fault]
+        monkeypatch.setattr(native, "_compiler", lambda: ["g++"])
+    if fault == "folder":
+        (tmp_path / "made").write_text("no folder")
+    if fault == "home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(native.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    monkeypatch.setattr(native, "_capability", lambda: "AVX2")
+    why = {"compiler": r"there is no g\+\+", "source": "error: of some kind", "folder": "made", "home": "no home"}[
+        fault
+    ]
     with pytest.warns(UserWarning, match=f"power.cpp can't be compiled.*{why}.*ADSA_KERNELS=0 does without"):
         assert native.library(source, EXPONENT=2) is None
     assert native.library(source, EXPONENT=2) is None
 
 
 def test_turned_off(monkeypatch):
-    assert native.wanted()
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "_capability", lambda: "AVX2")
     monkeypatch.setenv("ADSA_KERNELS", "0")
     assert not native.wanted() and loops(Plain(), torch.float32, D) is None
+    monkeypatch.setattr(native, "_capability", lambda: "DEFAULT")
     monkeypatch.delenv("ADSA_KERNELS")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert not native.wanted()
+    assert not native.wanted() and loops(Plain(), torch.float32, D) is None
