@@ -277,7 +277,7 @@ void attend(
     }
 }
 
-// A token's unit vector enters the total, or leaves it. slots: [rows, groups], or null: slot at for all.
+// A token's unit vector enters the total. slots: [rows, groups], or null: slot at for all.
 void count_in(
     const void* const* parts, int64_t rows, int64_t heads, int64_t row, int64_t head, int64_t groups,
     const int64_t* slots, int64_t at, float* total, float* inverse_norm, int64_t norms) {

@@ -201,7 +201,7 @@ class Sampler:
         if self.records and device.type != "cuda":
             raise OptionError(f"model.cuda_graphs needs a CUDA device, and this one is {device}; leave it out")
         if model.compile and device.type == "cpu":
-            raise OptionError("model.compile makes steps slower on a CPU, whose loops are C++ without it; leave it out")
+            raise OptionError("model.compile is for a GPU: on a CPU it makes steps slower; leave it out")
         try:  # an impossible cache or window is told before weights are read
             window = self.sampling.zipar_window
             new_cache(blueprint.gpt, 1, blueprint.tokens, None, 1.0, self.cache, window, fixed=self.records)

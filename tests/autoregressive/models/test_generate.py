@@ -9,7 +9,7 @@ from adsa import CacheConfig
 from adsa.policies import POLICIES
 from autoregressive.models import sampling
 from autoregressive.models.generate import generate, new_cache
-from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
+from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer, compiled
 from autoregressive.models.sampling import draw, filter_top_p, revise, uniform_noise
 from tests.golden import fill_weights
 
@@ -173,6 +173,14 @@ def test_compiled_equals_eager_without_recompiling_every_step(model, cache):
     assert 2 <= first <= 8
     assert torch.equal(generate(compiled, labels, TOKENS, cfg_scale=2.0, cache=cache, seeds=seeds), eager)
     assert counter.frame_count <= first + 1
+
+
+def test_as_many_graphs_as_caches_want(monkeypatch):
+    """Torch's own limit is below what caches that grow, of several dtypes, want."""
+    monkeypatch.setattr(torch, "compile", lambda function: ("compiled", function))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        assert compiled(abs) == ("compiled", abs)
+        assert torch._dynamo.config.recompile_limit == 256
 
 
 def test_no_kernel_comes_between_what_is_compiled(model, monkeypatch):

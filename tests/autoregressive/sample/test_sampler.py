@@ -109,7 +109,7 @@ def test_resizing_is_bicubic_without_antialias(tiny):
 
 def test_nothing_is_compiled_on_a_cpu(tiny):
     options = Options(model=model_options(tiny, compile=True))
-    with pytest.raises(OptionError, match=r"model.compile makes steps slower on a CPU, .*; leave it out"):
+    with pytest.raises(OptionError, match=r"model.compile is for a GPU: .*; leave it out"):
         Sampler(Blueprint(options.model, CPU), options, CPU)
 
 
