@@ -20,7 +20,16 @@ Parts = tuple[Tensor, ...]
 _VECTORS = 32  # D is a multiple of so many numbers
 _INTEGERS = {"int8": "Int8", "int4": "Int4"}
 _PLAIN = {torch.float32: "Float32", torch.bfloat16: "BFloat16"}
-_pointer, _size, _number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+# What the functions of loops.cpp take: pointers, integers, floats.
+_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_ARGUMENTS = {
+    "attend": "pp iiii ii pp pii p iii pp i ff",
+    "count_in": "p ii ii i pi ppi",
+    "put": "p iii ii i p pii",
+    "most_weight": "pp iiii ii p pii i",
+    "nearest": "p iii ii i pi pf pp",
+    "least_worthy": "pp iii p ii ff i p",
+}
 
 
 class Loops:
@@ -34,24 +43,10 @@ class Loops:
 
     def __init__(self, library: ctypes.CDLL, written: str, dim: int):
         self._made_of = written, dim
-        self._attend, self._count_in, self._put = library.attend, library.count_in, library.put
-        self._least_worthy, self._most_weight, self._nearest = (
-            library.least_worthy,
-            library.most_weight,
-            library.nearest,
-        )
-        where = [_size] * 2 + [_pointer] * 2
-        self._attend.argtypes = [_pointer] * 2 + [_size] * 4 + where + [_pointer, _size, _size]
-        self._attend.argtypes += [_pointer] + [_size] * 3 + [_pointer] * 2 + [_size, _number, _number]
-        self._count_in.argtypes = [_pointer] + [_size] * 5 + [_pointer, _size, _pointer, _pointer, _size]
-        self._put.argtypes = [_pointer] + [_size] * 6 + [_pointer] * 2 + [_size] * 2
-        self._least_worthy.argtypes = [_pointer] * 2 + [_size] * 3 + [_pointer] + [_size] * 2
-        self._least_worthy.argtypes += [_number] * 2 + [_size, _pointer]
-        self._most_weight.argtypes = [_pointer] * 2 + [_size] * 6 + [_pointer] * 2 + [_size] * 3
-        self._nearest.argtypes = [_pointer] + [_size] * 6 + [_pointer, _size, _pointer, _number, _pointer, _pointer]
-        functions = (self._attend, self._count_in, self._put, self._least_worthy, self._most_weight, self._nearest)
-        for function in functions:
-            function.restype = None
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = None, [_KINDS[kind] for kind in arguments.replace(" ", "")]
+            setattr(self, f"_{name}", function)
 
     def __reduce__(self):
         return _compiled, self._made_of  # of a cache that is copied or pickled
@@ -150,8 +145,8 @@ class Loops:
         _check("keys", keys[0], (rows, heads, slots, keys[0].shape[3]))
         _check("queries", q, (rows, heads, queries, self._made_of[1]), torch.float32)
         self._most_weight(
-            _at(q), _at(most), rows, heads, queries, slots, *_strides(keys), _all(keys), *_added(bias, rows, heads, slots),
-            slots - count,
+            _at(q), _at(most), rows, heads, queries, slots, *_strides(keys), _all(keys),
+            *_added(bias, rows, heads, slots), slots - count,
         )  # fmt: skip
         return most
 
@@ -243,7 +238,7 @@ def _at(tensor: Tensor | None) -> int | None:
 
 
 def _all(parts: Parts) -> ctypes.Array:
-    return (_pointer * len(parts))(*map(_at, parts))
+    return (ctypes.c_void_p * len(parts))(*map(_at, parts))
 
 
 def _added(bias: Tensor | None, rows: int, heads: int, count: int) -> tuple[int | None, int, int]:
