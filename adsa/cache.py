@@ -282,11 +282,14 @@ class LayerCache:
         return slots.stored_k.pick(index), slots.stored_v.pick(index), bias
 
     def _looped(self, q: Tensor, compares: bool) -> Tensor:
-        """Attention to all that is here by a CPU's loops, of one token; similarities as well, if it ``compares``."""
+        """Attention to all that is here by a CPU's loops; similarities as well, if it ``compares``."""
         slots, rows = self.slots, self.rows
-        scaled = q.squeeze(2).unflatten(1, (slots.stored_k.heads, -1)).float() * q.shape[-1] ** -0.5
-        out = slots.loops.attend(scaled, *slots.as_written(rows), slots.comparison(rows) if compares else None)
-        return out.flatten(1, 2).unsqueeze(2).to(q.dtype)
+        scaled = q.unflatten(1, (slots.stored_k.heads, -1)).float() * q.shape[-1] ** -0.5  # [B, H, Hq / H, S, D]
+        keys, values, bias = slots.as_written(rows)
+        if slots.hidden is not None:
+            bias = slots.hidden[rows].float() if bias is None else slots.hidden[rows] + bias
+        out = slots.loops.attend(scaled, keys, values, bias, slots.comparison(rows) if compares else None)
+        return out.flatten(1, 2).to(q.dtype)
 
     def _read_once(self, q: Tensor, compares: bool) -> Tensor:
         """As :meth:`_looped`, by PyTorch's operations, and of any number of tokens."""

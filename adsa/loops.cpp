@@ -228,13 +228,13 @@ static inline float exponentials(float* score, const float* bias, int64_t count)
 
 extern "C" {
 
-// q, out: [rows, heads, shared, D]. Keys and values of row r, head h: count slots from r * row + h * head on. Added to
-// their scores: bias[r * bias_row + h * bias_head + n], if there is a bias. Where similarities [rows, groups, count -
+// q, out: [rows, heads, shared, queries, D]. Keys and values of row r, head h: count slots from r * row + h * head on.
+// Added to their scores: bias[r * bias_row + h * bias_head + q * bias_query + n], if there is a bias. Where similarities [rows, groups, count -
 // first] are wanted: total [rows, heads, D], inverse_norm [rows, groups, norms]; slots from the first one on.
 void attend(
-    const float* q, float* out, int64_t rows, int64_t heads, int64_t shared, int64_t count, int64_t row, int64_t head,
-    const void* const* key_parts, const void* const* value_parts, const float* bias, int64_t bias_row,
-    int64_t bias_head, float* similarities, int64_t of_keys, int64_t groups, int64_t first, const float* total,
+    const float* q, float* out, int64_t rows, int64_t heads, int64_t shared, int64_t queries, int64_t count,
+    int64_t row, int64_t head, const void* const* key_parts, const void* const* value_parts, const float* bias,
+    int64_t bias_row, int64_t bias_head, int64_t bias_query, float* similarities, int64_t of_keys, int64_t groups, int64_t first, const float* total,
     const float* inverse_norm, int64_t norms, float scale, float tie) {
     const Format keys(key_parts), values(value_parts);
     const int64_t together = heads / groups, compared = count - first;
@@ -249,15 +249,16 @@ void attend(
                 for (int64_t h = g * together; h < (g + 1) * together; h++) {
                     const int64_t slot = r * row + h * head;
                     const Wide other = similarities ? arranged(total + (r * heads + h) * D) : Wide{};
-                    for (int64_t s = 0; s < shared; s++) {
-                        const int64_t at = ((r * heads + h) * shared + s) * D;
+                    for (int64_t s = 0; s < shared * queries; s++) {
+                        const int64_t at = ((r * heads + h) * shared * queries + s) * D;
                         const Wide query = arranged(q + at);
                         const bool compares = similarities && s == 0;
                         in_blocks(count, [&](int64_t n, auto many) {
                             multiply_block(keys, slot + n, many, query, score + n);
                             if (compares && of_keys) multiply_block(keys, slot + n, many, other, dots + n);
                         });
-                        const float all = exponentials(score, bias ? bias + r * bias_row + h * bias_head : bias, count);
+                        const int64_t added = r * bias_row + h * bias_head + s % queries * bias_query;
+                        const float all = exponentials(score, bias ? bias + added : bias, count);
                         const Wide mix = compares && !of_keys ? mixed<true>(values, slot, count, score, other, dots)
                                                               : mixed<false>(values, slot, count, score, other, dots);
                         float mine[D];

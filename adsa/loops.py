@@ -23,7 +23,7 @@ _PLAIN = {torch.float32: "Float32", torch.bfloat16: "BFloat16"}
 # What the functions of loops.cpp take: pointers, integers, floats.
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _ARGUMENTS = {
-    "attend": "pp iiii ii pp pii p iii pp i ff",
+    "attend": "pp iiiii ii pp piii p iii pp i ff",
     "count_in": "p ii ii i pi ppi",
     "put": "p iii ii i p pii",
     "most_weight": "pp iiii ii p pii i",
@@ -59,24 +59,24 @@ class Loops:
         bias: Tensor | None,
         comparison: tuple[bool, Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attention of one query in each head, and :meth:`adsa.similarity.RunningSimilarity.score`.
+        """Attention of one query or more in each head, and :meth:`adsa.similarity.RunningSimilarity.score`.
 
         Args:
-            q: float32 ``[R, H, Hq / H, D]``, scaled.
+            q: float32 ``[R, H, Hq / H, S, D]``, scaled.
             keys, values: as the codec wrote them, ``[R, H, C + N, n]`` each, some slots of tensors without gaps.
-            bias: added to scores, float32 ``[1 or R, 1 or H, 1, C + N]``, or None.
+            bias: added to scores, float32 ``[1 or R, 1 or H, 1 or S, C + N]``, or None.
             comparison: whether keys are compared, and not values; ``total`` ``[R, H, D]`` and ``inverse_norm``
                 ``[R, G, N or more]`` of the RunningSimilarity; where similarities go to, float32 ``[R, G, N]``. None:
                 none are wanted.
 
         Returns:
-            float32 ``[R, H, Hq / H, D]``.
+            float32 ``[R, H, Hq / H, S, D]``.
         """
         q = q.contiguous()
-        (rows, heads, shared, dim), count = q.shape, keys[0].shape[2]
+        (rows, heads, shared, queries, dim), count = q.shape, keys[0].shape[2]
         for parts in (keys, values):
             _check("keys and values", parts[0], (rows, heads, count, parts[0].shape[3]))
-        _check("queries", q, (rows, heads, shared, self._made_of[1]), torch.float32)
+        _check("queries", q, (rows, heads, shared, queries, self._made_of[1]), torch.float32)
         out = torch.empty_like(q)
         of_keys, total, inverse_norm, similarities = comparison or (False, None, None, None)
         groups, compared = (heads, 0) if similarities is None else similarities.shape[1:]
@@ -85,9 +85,9 @@ class Loops:
             _check("total", total, (rows, heads, dim), torch.float32)
             _check("inverse_norm", inverse_norm, (rows, groups, max(compared, inverse_norm.shape[2])), torch.float32)
         self._attend(
-            _at(q), _at(out), rows, heads, shared, count, *_strides(keys), _all(keys), _all(values),
-            *_added(bias, rows, heads, count), _at(similarities), of_keys, groups, count - compared, _at(total),
-            _at(inverse_norm), 0 if inverse_norm is None else inverse_norm.shape[2],
+            _at(q), _at(out), rows, heads, shared, queries, count, *_strides(keys), _all(keys), _all(values),
+            *_added(bias, rows, heads, queries, count), _at(similarities), of_keys, groups, count - compared,
+            _at(total), _at(inverse_norm), 0 if inverse_norm is None else inverse_norm.shape[2],
             1 / (max(1, compared) * TIE_SINGLE), TIE_SINGLE,
         )  # fmt: skip
         return out
@@ -146,7 +146,7 @@ class Loops:
         _check("queries", q, (rows, heads, queries, self._made_of[1]), torch.float32)
         self._most_weight(
             _at(q), _at(most), rows, heads, queries, slots, *_strides(keys), _all(keys),
-            *_added(bias, rows, heads, slots), slots - count,
+            *_added(bias, rows, heads, 1, slots)[:3], slots - count,
         )  # fmt: skip
         return most
 
@@ -241,14 +241,14 @@ def _all(parts: Parts) -> ctypes.Array:
     return (ctypes.c_void_p * len(parts))(*map(_at, parts))
 
 
-def _added(bias: Tensor | None, rows: int, heads: int, count: int) -> tuple[int | None, int, int]:
-    """Where the bias lies, and how far it is from a row to the next, and from a head to the next."""
+def _added(bias: Tensor | None, rows: int, heads: int, queries: int, count: int) -> tuple[int | None, int, int, int]:
+    """Where the bias lies, and how far it is from a row, a head and a query to the next."""
     if bias is None:
-        return None, 0, 0
-    _check("bias", bias, (*bias.shape[:2], 1, count), torch.float32)
+        return None, 0, 0, 0
+    _check("bias", bias, (*bias.shape[:3], count), torch.float32)
     if bias.stride(3) != 1:
         raise ValueError("bias of neighbouring slots must be neighbours")
-    return _at(bias), *bias.expand(rows, heads, -1, -1).stride()[:2]
+    return _at(bias), *bias.expand(rows, heads, queries, -1).stride()[:3]
 
 
 def _strides(parts: Parts) -> tuple[int, int]:

@@ -175,9 +175,7 @@ class Slots:
             self._check_order(order)
         self.fixed, self._target, self._empty = fixed, None, None
         self._memory = 0  # how often tensors were replaced
-        self._loops = None
-        if order is None and self.device.type == "cpu":
-            self._loops = loops(codec, dtype, head_dim)
+        self._loops = loops(codec, dtype, head_dim) if self.device.type == "cpu" else None
         self.fused = order is None and fused(self.device, dtype)  # whether a kernel ranks
         if fixed:
             self._target = torch.zeros(rows, self.groups, 1, dtype=torch.int64, device=device)
@@ -228,7 +226,7 @@ class Slots:
 
     @property
     def loops(self) -> Loops | None:
-        """A CPU's loops for these keys and values, in raster order; None: there are none, or a compiler is at work."""
+        """A CPU's loops for these keys and values; None: there are none, or a compiler is at work."""
         return None if torch.compiler.is_compiling() else self._loops
 
     # What policies see: the image tokens now cached, N of them.
@@ -593,8 +591,8 @@ class Slots:
 
     @property
     def _loops_rank(self) -> bool:
-        """Whether a CPU's loop names the one victim of a ranking."""
-        return self.loops is not None and self._ranking is None
+        """Whether a CPU's loop names the one victim of a ranking, which doesn't know of tokens that hold a place."""
+        return self.loops is not None and self._ranking is None and self.order is None
 
     def staying(self, rows: slice) -> Tensor:
         """Which tokens may not leave, bool ``[rows, G, N]``: prefix, local window, what holds another's place."""

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from adsa import CacheConfig
+from adsa import CacheConfig, native
+from adsa.loops import Loops
 from adsa.policies import POLICIES
 from autoregressive.models import sampling
 from autoregressive.models.generate import generate, new_cache
@@ -173,6 +174,38 @@ def test_compiled_equals_eager_without_recompiling_every_step(model, cache):
     assert 2 <= first <= 8
     assert torch.equal(generate(compiled, labels, TOKENS, cfg_scale=2.0, cache=cache, seeds=seeds), eager)
     assert counter.frame_count <= first + 1
+
+
+@pytest.mark.skipif(not native.wanted(), reason="no g++, or no vectors that loops are written for")
+@pytest.mark.parametrize("steps", [{}, {"zipar_window": 2}, {"zipar_window": 2, "zipar_adaptive": True}], ids=str)
+@pytest.mark.parametrize(
+    "cache",
+    [
+        None,
+        CacheConfig("adsa", 18, 2, 4, "layer"),
+        CacheConfig("adsa", 18, 2, 4, dtype="int8"),
+        CacheConfig("keydiff", 18, 2, 4, renew_every=4),
+        CacheConfig("adsa_plus", 18, 2, 4),
+        CacheConfig("h2o", 18, 2, 4),
+    ],
+    ids=lambda cache: cache and cache.policy,
+)
+def test_loops_change_no_token(cache, steps, monkeypatch):
+    """Of a model whose heads are large enough for a CPU's loops, which also take several tokens at once."""
+    shape = {"dim": 128, "n_layer": 2, "n_head": 4, "block_size": TOKENS, "vocab_size": 64}
+    wide = fill_weights(Transformer(ModelArgs(model_type="t2i", caption_dim=8, cls_token_num=7, **shape)), 8)
+    masks = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    options = {"cfg_scale": 2.0, "cache": cache, "seeds": torch.tensor([1, 2]), "emb_masks": masks, **steps}
+    torch.manual_seed(0)
+    text = torch.randn(2, 7, 8)
+    used = []
+    attend = Loops.attend
+    monkeypatch.setattr(Loops, "attend", lambda self, q, *args: used.append(q.shape[3]) or attend(self, q, *args))
+    looped = generate(wide, text, TOKENS, **options)
+    assert not used if cache and cache.policy == "h2o" else (max(used) > 1) == bool(steps)
+    monkeypatch.setenv("ADSA_KERNELS", "0")
+    used.clear()
+    assert torch.equal(generate(wide, text, TOKENS, **options), looped) and not used
 
 
 def test_as_many_graphs_as_caches_want(monkeypatch):
