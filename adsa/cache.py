@@ -112,7 +112,9 @@ class LayerCache:
         slots, compares = self.slots, self.slots.compares(self.rows)
         if compares:
             slots.join(self.rows)
-        looped = slots.loops is not None and slots.attention is None and not q.requires_grad
+        parts = (*slots.stored_k.parts, *slots.stored_v.parts)
+        graded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *parts))
+        looped = slots.loops is not None and slots.attention is None and not graded
         out = self._looped(q, compares) if looped else self._read_once(q, compares)
         if compares:
             slots.compared(self.rows)

@@ -49,7 +49,7 @@ class Loops:
             setattr(self, f"_{name}", function)
 
     def __reduce__(self):
-        return _compiled, self._made_of  # of a cache that is copied or pickled
+        return _loops, self._made_of  # of a cache that is copied or pickled
 
     def attend(
         self,
@@ -76,6 +76,8 @@ class Loops:
         (rows, heads, shared, queries, dim), count = q.shape, keys[0].shape[2]
         for parts in (keys, values):
             _check("keys and values", parts[0], (rows, heads, count, parts[0].shape[3]))
+        if _strides(keys) != _strides(values):
+            raise ValueError("keys and values must lie alike")
         _check("queries", q, (rows, heads, shared, queries, self._made_of[1]), torch.float32)
         out = torch.empty_like(q)
         of_keys, total, inverse_norm, similarities = comparison or (False, None, None, None)
@@ -103,6 +105,8 @@ class Loops:
         (rows, heads, _), groups = total.shape, inverse_norm.shape[1]
         slots, at = (None, slot) if isinstance(slot, int) else (slot.contiguous(), 0)
         _check("features", features[0], (rows, heads, *features[0].shape[2:]))
+        _check("total", total, (rows, heads, self._made_of[1]), torch.float32)
+        _check("inverse_norm", inverse_norm, (rows, groups, inverse_norm.shape[2]), torch.float32)
         if slots is not None:
             _check("slots", slots, (rows, groups, 1), torch.int64)
         self._count_in(
@@ -213,9 +217,11 @@ def loops(codec: Codec, dtype: torch.dtype, dim: int) -> Loops | None:
     """
     name = next((name for name, of in CODECS.items() if of is codec), None)
     written = _PLAIN.get(dtype) if isinstance(codec, Plain) else _INTEGERS.get(name)
-    if written is None or dtype not in _PLAIN or dim % _VECTORS or not native.wanted():
-        return None
-    return _compiled(written, dim)
+    return None if written is None or dtype not in _PLAIN or dim % _VECTORS else _loops(written, dim)
+
+
+def _loops(written: str, dim: int) -> Loops | None:
+    return _compiled(written, dim) if native.wanted() else None
 
 
 @functools.cache

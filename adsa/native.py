@@ -4,11 +4,11 @@ import ctypes
 import functools
 import hashlib
 import os
-import shlex
 import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,28 +37,32 @@ def library(source: Path, **constants: int | str) -> ctypes.CDLL | None:
         source: C++ for GCC, in one file.
         constants: of its preprocessor.
     """
-    try:
-        made = _compiled(source, constants)
+    for compiler in _compilers():
         try:
-            return ctypes.CDLL(str(made))
-        except OSError:  # cut off, or of another system that has the same folder
-            made.unlink()
-            return ctypes.CDLL(str(_compiled(source, constants)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
-        said = str(getattr(error, "stderr", None) or error).strip() or type(error).__name__
-        warnings.warn(
-            f"{source.name} can't be compiled here, so that steps are slower: {said.splitlines()[0]}. "
-            "It needs g++, or another GCC that CXX names, and a folder to write to, which XDG_CACHE_HOME may name; "
-            "ADSA_KERNELS=0 does without",
-            stacklevel=2,
-        )
-        return None
+            made = _compiled(source, constants, compiler)
+            try:
+                return ctypes.CDLL(str(made))
+            except OSError:  # cut off, or of another system that has the same folder
+                made.unlink(missing_ok=True)
+                return ctypes.CDLL(str(_compiled(source, constants, compiler)))
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
+            failure = error
+    lines = str(getattr(failure, "stderr", None) or failure).strip().splitlines() or [type(failure).__name__]
+    why = next((line for line in lines if "error" in line), lines[0])
+    warnings.warn(
+        f"{source.name} can't be compiled here, so that steps are slower: {why}. It needs g++, or another GCC that CXX "
+        "names, and a folder to write to, which XDG_CACHE_HOME may name; ADSA_KERNELS=0 does without",
+        stacklevel=2,
+    )
+    return None
 
 
-def _compiled(source: Path, constants: dict[str, int | str]) -> Path:
+def _compiled(source: Path, constants: dict[str, int | str], compiler: Sequence[str] = ("g++",)) -> Path:
     """The shared object of a source, from an earlier time if it is the same."""
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"there is no {compiler[0]}")
     defined = [f"-D{name}={value}" for name, value in constants.items()]
-    command = [*_compiler(), *_FLAGS, *_VECTORS[_capability()], *defined]
+    command = [*compiler, *_FLAGS, *_VECTORS[_capability()], *defined]
     key = hashlib.sha256("\0".join([*command, source.read_text()]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adsa"
     made = folder / f"{source.stem}-{key}.so"
@@ -72,11 +76,10 @@ def _compiled(source: Path, constants: dict[str, int | str]) -> Path:
     return made
 
 
-def _compiler() -> list[str]:
-    for command in (shlex.split(os.environ.get("CXX", "")), ["g++"]):
-        if command and shutil.which(command[0]):
-            return command
-    raise FileNotFoundError(f"there is no {os.environ.get('CXX') or 'g++'}")
+def _compilers() -> list[list[str]]:
+    """Commands to try: what CXX says, with its arguments, and g++."""
+    named = os.environ.get("CXX", "").split()
+    return [named, ["g++"]] if named else [["g++"]]
 
 
 def _capability() -> str:

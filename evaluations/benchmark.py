@@ -485,8 +485,8 @@ def table(record: dict[str, Any]) -> str:
         f"{record['model']}, {settings['dtype']}{', compiled' if settings['compile'] else ''}, {settings['tokens']} "
         f"tokens, {rows_told}. The last {settings['steps']} steps of an image, {settings['repeats']} round(s); "
         f"`/ base`: median of the rounds' ratios, of median step times or of whole batches, to {' or '.join(bases)}. "
-        f"Limit, by medians of before and between: memory moves {limits['bytes_per_second'] / 1e9:.1f} GB/s, a matrix "
-        "product makes "
+        "Limit, by medians of what was measured before and after each batch size: memory moves "
+        f"{limits['bytes_per_second'] / 1e9:.1f} GB/s, a matrix product makes "
         f"{limits['flops_per_second'] / 1e12:.3f} TFLOP/s. Steady images/s: if all steps were as these. Peak: "
         f"{memory}.",
     ]
