@@ -268,9 +268,13 @@ class LayerCache:
         """
         rows = self.rows if rows is None else rows
         keys, values, bias = self.slots.held(rows, dtype)
-        if (hidden := self.slots.hidden) is not None:
-            bias = hidden[rows] if bias is None else hidden[rows] + bias
-        return keys, values, bias
+        return keys, values, self._hiding(bias, rows)
+
+    def _hiding(self, bias: Tensor | None, rows: slice) -> Tensor | None:
+        """A bias of these rows, and of what the newest tokens must not see."""
+        if (hidden := self.slots.hidden) is None:
+            return bias
+        return hidden[rows] if bias is None else hidden[rows] + bias
 
     def _selection(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and bias of condition, prefix, the chosen, and local (Eqs. 1-5)."""
@@ -288,8 +292,8 @@ class LayerCache:
         slots, rows = self.slots, self.rows
         scaled = q.unflatten(1, (slots.stored_k.heads, -1)).float() * q.shape[-1] ** -0.5  # [B, H, Hq / H, S, D]
         keys, values, bias = slots.as_written(rows)
-        if slots.hidden is not None:
-            bias = slots.hidden[rows].float() if bias is None else slots.hidden[rows] + bias
+        if (bias := self._hiding(bias, rows)) is not None:
+            bias = bias.float()
         out = slots.loops.attend(scaled, keys, values, bias, slots.comparison(rows) if compares else None)
         return out.flatten(1, 2).to(q.dtype)
 
