@@ -19,7 +19,8 @@ EXPECTED = (
 def guarded(main: Callable[[], None]) -> NoReturn:
     """Run a script's main function and end the process: expected errors as one message, and never a hang.
 
-    torchrun stops all processes as soon as one ends with an error.
+    A process of torchrun's ends without the interpreter's teardown: gloo's threads may still let go of Python's objects
+    then, which aborts it (PyTorch's pull request 179291), and torchrun stops all as soon as one ends with an error.
     """
     rank = os.environ.get("RANK")
     code: int | str | None = 0
@@ -35,14 +36,17 @@ def guarded(main: Callable[[], None]) -> NoReturn:
             traceback.print_exc()
         else:
             print(f"{'' if rank is None else f'[process {rank}] '}error: {message}", file=sys.stderr)
-    if rank is not None and code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)  # without waiting for the others at exit
+    if rank is None:
+        sys.exit(code)
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
-        distributed.destroy_process_group()
-    sys.exit(code)
+    if not code and distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()  # not after an error, as the others may never come
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def _expected(error: Exception) -> str | None:
