@@ -19,12 +19,23 @@ _VECTORS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
 }
+# What not every processor with such vectors has: how PyTorch is asked for it, and GCC's name.
+_EXTRAS = {
+    "avx512_bf16": ("_is_avx512_bf16_supported", "-mavx512bf16"),
+    "avx512_vnni": ("_is_vnni_supported", "-mavx512vnni"),
+    "amx_tile": ("_is_amx_tile_supported", None),
+}
 _TIME_LIMIT = 120  # seconds
 
 
 def wanted() -> bool:
     """Whether to try C++: on a processor whose vectors are known here, unless ADSA_KERNELS=0 says no."""
     return _capability() in _VECTORS and os.environ.get("ADSA_KERNELS") != "0"
+
+
+def supports(extra: str) -> bool:
+    """Whether the processor has instructions of AVX512's family, by Linux' name, and they are used here."""
+    return _capability() == "AVX512" and getattr(torch.cpu, _EXTRAS[extra][0])()
 
 
 @functools.cache
@@ -62,7 +73,8 @@ def _compiled(source: Path, constants: dict[str, int | str], compiler: Sequence[
     if shutil.which(compiler[0]) is None:
         raise FileNotFoundError(f"there is no {compiler[0]}")
     defined = [f"-D{name}={value}" for name, value in constants.items()]
-    command = [*compiler, *_FLAGS, *_VECTORS[_capability()], *defined]
+    extras = [flag for extra, (_, flag) in _EXTRAS.items() if flag and supports(extra)]
+    command = [*compiler, *_FLAGS, *_VECTORS[_capability()], *extras, *defined]
     key = hashlib.sha256("\0".join([*command, source.read_text()]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adsa"
     made = folder / f"{source.stem}-{key}.so"

@@ -232,20 +232,19 @@ def decoders(model: "Transformer", args: argparse.Namespace) -> "list[Decoder]":
     """All that are timed, in the order of the table."""
     from adsa import CacheConfig
     from autoregressive.models.gpt import compiled
-    from autoregressive.models.packed import pack, packs
+    from autoregressive.models.packed import pack
     from autoregressive.models.quantize import quantize
     from autoregressive.sample.options import OptionError
     from evaluations.decoders import HF, Decoder, HFModel, Upstream, ZipAR
 
-    weight = model.output.weight
     models: list[Any] = [model]
-    if packs(weight.device, weight.dtype):
+    if model.output.weight.is_cpu:
         others = args.upstream or args.hf or args.quantize  # who take the weights as they are
         models.append(pack(copy.deepcopy(model) if others else model))
     found: list[Decoder] = []
     if args.quantize:
         found.append(Decoder("dense", models[-1], CacheConfig("full")))
-        models.append(quantize(copy.deepcopy(model)))
+        models.append(pack(quantize(copy.deepcopy(model))))
     for name in args.caches:
         told = f"{name} {args.quantize}" if args.quantize else name
         if window := zipar_window(name, args.tokens):

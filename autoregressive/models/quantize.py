@@ -60,10 +60,10 @@ def quantize(model: Transformer) -> Transformer:
     return replace_linear_layers(model, Int8Linear)
 
 
-def replace_linear_layers(model: Transformer, make: Callable[[nn.Linear], nn.Module]) -> Transformer:
+def replace_linear_layers(model: Transformer, make: Callable[[nn.Linear | Int8Linear], nn.Module]) -> Transformer:
     """Put what ``make`` makes of a linear layer in its place, in the blocks and for the head; the same model."""
     for parent in [model, *model.layers.modules()]:
         for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear | Int8Linear):
                 setattr(parent, name, make(child))
     return model

@@ -18,7 +18,7 @@ from adsa import CacheConfig, KVCache
 from autoregressive.models.checkpoint import load_model, read_state_dict
 from autoregressive.models.generate import generate, new_cache
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer, compiled
-from autoregressive.models.packed import pack, packs
+from autoregressive.models.packed import pack
 from autoregressive.models.quantize import quantize
 from autoregressive.models.recorded import RecordedSteps
 from autoregressive.sample.options import ROOT, ModelOptions, OptionError, Options, near, shown
@@ -102,9 +102,7 @@ class Blueprint:
         """
         dtype = PRECISIONS[self.options.precision]
         model = load_model(self.gpt, self.options.gpt_ckpt, device=device, dtype=dtype)
-        if self.options.quantize:
-            return quantize(model)
-        return pack(model) if packs(device, dtype) else model
+        return pack(quantize(model) if self.options.quantize else model)
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Name, size and hash of both checkpoints, by their option."""

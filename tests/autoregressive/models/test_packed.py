@@ -1,22 +1,26 @@
 """Weights that lie as a CPU's kernels read them: the same products, and the same images but for rounding."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from adsa import CacheConfig
+from adsa import CacheConfig, native
+from autoregressive.models import packed as module
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
-from autoregressive.models.packed import PackedLinear, pack, packs
-from autoregressive.models.quantize import quantize
+from autoregressive.models.packed import BlockedLinear, PackedLinear, pack
+from autoregressive.models.products import _NAMES as FORMATS
+from autoregressive.models.products import Products, products
+from autoregressive.models.quantize import Int8Linear, quantize
 from tests.golden import fill_weights
 
-CPU = torch.device("cpu")
-DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if packs(CPU, dtype)]
+DTYPES = [torch.float32, torch.bfloat16]
 SHAPE = {"dim": 32, "n_layer": 2, "n_head": 2, "multiple_of": 32, "vocab_size": 64, "block_size": 16, "num_classes": 5}
 TEXT = {"model_type": "t2i", "caption_dim": 6, "cls_token_num": 4}
+LAYERS = BlockedLinear, PackedLinear, Int8Linear, nn.Linear
 
 
 def model_of(**args) -> Transformer:
@@ -24,33 +28,112 @@ def model_of(**args) -> Transformer:
     return fill_weights(model, 1)
 
 
-def test_what_is_packed():
-    assert not packs(torch.device("meta"), torch.float32) and not packs(CPU, torch.float64)
-    if torch.backends.cpu.get_cpu_capability().startswith("AVX") and torch.backends.mkldnn.is_available():
-        assert torch.float32 in DTYPES
+def layers_of(model: Transformer) -> list[type]:
+    """Of the blocks and the head."""
+    return [type(layer) for layer in [*model.layers.modules(), model.output] if isinstance(layer, LAYERS)]
 
 
+def layer_of(dtype: torch.dtype, inputs: int, outputs: int) -> nn.Linear | Int8Linear:
+    """For int8: bfloat16's, in integers."""
+    linear = nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16 if dtype == torch.int8 else dtype)
+    with torch.no_grad():
+        linear.weight.normal_(generator=torch.Generator().manual_seed(2))
+    return Int8Linear(linear) if dtype == torch.int8 else linear.requires_grad_(False)
+
+
+@pytest.fixture(params=["project's", "onednn's"])
+def whose(request, monkeypatch):
+    """By the project's products where they are compiled, or without."""
+    if request.param == "onednn's":
+        monkeypatch.setattr(module, "products", lambda dtype: None)
+    elif products(torch.float32) is None:
+        pytest.skip("no C++ here")
+    return request.param
+
+
+def assert_is_product(found: torch.Tensor, x: torch.Tensor, given: nn.Linear | Int8Linear):
+    """Within rounding of sums, float32, and of the result; by integers inputs or weights are rounded as well."""
+    weight, integers = given.weight.double(), isinstance(given, Int8Linear)
+    if integers:
+        weight *= given.scale.double()[:, None]
+    expected, sizes = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    bound = torch.finfo(x.dtype).eps / 2 * expected.abs() + x.shape[-1] * torch.finfo(torch.float32).eps * sizes
+    if integers:
+        bound += 4 * torch.finfo(x.dtype).eps * sizes + x.double().abs().amax(-1, True) / 65024 * weight.abs().sum(1)
+    assert ((found.double() - expected).abs() <= bound).all()
+
+
+def test_what_is_packed(whose):
+    model = model_of()
+    expected = {"project's": BlockedLinear, "onednn's": PackedLinear}[whose]
+    if whose == "project's" or (native._capability() != "DEFAULT" and torch.backends.mkldnn.is_available()):
+        assert layers_of(pack(copy.deepcopy(model))) == [expected] * 11
+    assert layers_of(pack(copy.deepcopy(model).double())) == [nn.Linear] * 11
+    assert layers_of(pack(quantize(copy.deepcopy(model)))) == [Int8Linear] * 11  # for bfloat16 alone
+    assert layers_of(pack(Transformer(ModelArgs(**SHAPE)).to("meta"))) == [nn.Linear] * 11
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+@pytest.mark.parametrize("rows", [1, 7, 64, 300])
+@pytest.mark.parametrize("inputs, outputs", [(40, 30), (640, 96), (33, 64)])
+def test_products(dtype, rows, inputs, outputs, whose):
+    given = layer_of(dtype, inputs, outputs)
+    x = torch.randn(inputs, 2, rows, generator=torch.Generator().manual_seed(1)).permute(1, 2, 0)
+    x = x.to(torch.bfloat16 if dtype == torch.int8 else dtype)
+    layer, before = module._packed(given), x.clone()
+    found = layer(x)
+    assert found.shape == (2, rows, outputs) and found.dtype == x.dtype and torch.equal(x, before)
+    assert_is_product(found, x, given)
+    if isinstance(layer, BlockedLinear):
+        assert layer(x[:, :0]).shape == (2, 0, outputs)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+def test_extremes(dtype):
+    """Rows of zeros, of one large number among small ones, of the largest, and what is no number: in that row alone."""
+    if (multiply := products(dtype)) is None:
+        pytest.skip("no such products here")
+    given = layer_of(dtype, 64, 40)
+    x = torch.zeros(6, 64, dtype=multiply.takes)
+    x[1] = 1e-29
+    x[2], x[2, 5] = 1e-3, 1e4
+    x[3] = 1e36
+    x[4, 7], x[5, 9] = float("nan"), float("inf")
+    found = BlockedLinear(given, multiply)(x)
+    assert_is_product(found[:4], x[:4], given)
+    assert not found[0].any()
+    assert found[4].isnan().all() and not found[5].isfinite().any()
+
+
+@pytest.mark.skipif(native._capability() != "AVX512" or not native.wanted(), reason="these are the only vectors here")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [0, 1, 7, 64, 300])
-def test_products(dtype, rows):
-    given = nn.Linear(40, 30, bias=False, dtype=dtype).requires_grad_(False)
-    x = torch.randn(40, 2, rows, generator=torch.Generator().manual_seed(1)).to(dtype).permute(1, 2, 0)
-    found = PackedLinear(given)(x)
-    assert found.shape == (2, rows, 30) and found.dtype == dtype
-    expected = x.double() @ given.weight.double().T
-    sizes = x.double().abs() @ given.weight.double().abs().T
-    rounding = torch.finfo(dtype).eps / 2 * expected.abs() + 40 * torch.finfo(torch.float32).eps * sizes
-    assert ((found.double() - expected).abs() <= rounding).all()
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_narrower_vectors_and_fewer_instructions(dtype, rows, monkeypatch):
+    """As on a processor without AVX512 and without products of bfloat16."""
+    given, x = layer_of(dtype, 96, 70), torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "_capability", lambda: "AVX2")
+        library = native.library.__wrapped__(Path(module.__file__).with_name("products.cpp"), FORMAT=FORMATS[dtype])
+        found = BlockedLinear(given, Products(library, dtype))(x)
+    assert_is_product(found, x, given)
+
+
+def test_wrong_inputs():
+    if (multiply := products(torch.float32)) is None:
+        pytest.skip("no C++ here")
+    layer = BlockedLinear(layer_of(torch.float32, 40, 30), multiply)
+    for x in (torch.zeros(2, 41), torch.zeros(2, 40, dtype=torch.bfloat16), torch.zeros(2, 40, device="meta")):
+        with pytest.raises(ValueError, match=r"inputs must be torch.float32 \[..., 40\] on the CPU"):
+            layer(x)
+    assert torch.equal(copy.deepcopy(layer)(torch.ones(1, 40)), layer(torch.ones(1, 40)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("args", [{}, TEXT, {"n_kv_head": 1}])
-def test_layers_of_blocks_and_head_are_packed(dtype, args):
+def test_the_whole_model(dtype, args, whose):
     model = model_of(**args).to(dtype)
     packed = pack(copy.deepcopy(model))
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    found = [name for name, layer in packed.named_modules() if isinstance(layer, PackedLinear)]
-    assert found == [name for name in layers if not name.startswith("cls_embedding")] and len(found) == 11
+    assert len(layers_of(packed)) == 11
     assert sum(weight.nbytes for weight in packed.parameters()) == sum(weight.nbytes for weight in model.parameters())
 
     cond = torch.tensor([1, 4]) if model.config.model_type == "c2i" else torch.randn(2, 4, 6).to(dtype)
@@ -59,14 +142,8 @@ def test_layers_of_blocks_and_head_are_packed(dtype, args):
     torch.testing.assert_close(mine, theirs, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
 
 
-@pytest.mark.skipif(torch.float32 not in DTYPES, reason="no such kernels here")
-def test_images():
+def test_images(whose):
     model = model_of()
     options = {"seeds": torch.arange(3), "cfg_scale": 1.5, "cache": CacheConfig("adsa", 8)}
     mine, theirs = (generate(each, torch.arange(3), 16, **options) for each in (pack(copy.deepcopy(model)), model))
     assert torch.equal(mine, theirs)
-
-
-def test_integers_stay():
-    quantized = quantize(model_of())
-    assert [*map(type, pack(quantized).modules())] == [*map(type, quantize(model_of()).modules())]

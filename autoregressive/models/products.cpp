@@ -1,0 +1,191 @@
+// Products of a step's few rows with a linear layer's weights, which are read once, in order and as they lie in memory:
+// such a step waits for memory. autoregressive/models/products.py calls them.
+//
+// FORMAT is one of the classes below. Weights lie in blocks of OUTPUTS outputs; a block holds STEP inputs of each of its
+// outputs, then the next STEP inputs of each, and so on.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, ROWS = 8;  // at a time: their sums stay in registers
+#else
+constexpr int LANES = 8, ROWS = 2;
+#endif
+constexpr int OUTPUTS = 32, VECTORS = OUTPUTS / LANES;
+constexpr int64_t SMALL = 1 << 17;  // products that take no longer than waking another thread
+
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
+
+template <class T>
+static inline T load(const void* at) {
+    T value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+
+static inline uint16_t to_bfloat16(float x) {
+    const uint32_t bits = load<uint32_t>(&x);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static inline float from_bfloat16(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    return load<float>(&bits);
+}
+
+// Rows of inputs as products take them.
+struct Float32 {
+    typedef float Number;
+    static constexpr int STEP = 1, AT_A_TIME = ROWS;
+    typedef Floats Weights, Sum;
+    const float* x;
+    int64_t inputs;
+    Float32(const void* x, int64_t, int64_t inputs) : x(static_cast<const float*>(x)), inputs(inputs) {}
+    Sum none(int64_t) const { return Sum{}; }
+    void add(Sum& sum, const Weights& weights, int64_t row, int64_t k) const { sum += weights * x[row * inputs + k]; }
+    Floats total(const Sum& sum) const { return sum; }
+    float factor(int64_t) const { return 1; }
+};
+
+struct BFloat16 {
+    typedef uint16_t Number;
+    static constexpr int STEP = 2, AT_A_TIME = ROWS;
+    typedef Floats Sum;
+    const uint16_t* x;
+    int64_t inputs;
+    BFloat16(const void* x, int64_t, int64_t inputs) : x(static_cast<const uint16_t*>(x)), inputs(inputs) {}
+    Sum none(int64_t) const { return Sum{}; }
+    Floats total(const Sum& sum) const { return sum; }
+    float factor(int64_t) const { return 1; }
+#ifdef __AVX512BF16__
+    typedef __m512bh Weights;
+    void add(Sum& sum, const Weights& weights, int64_t row, int64_t k) const {
+        const __m512i pair = _mm512_set1_epi32(load<int32_t>(x + row * inputs + k));
+        sum = (Sum)_mm512_dpbf16_ps((__m512)sum, weights, (__m512bh)pair);
+    }
+#else
+    typedef Ints Weights;
+    void add(Sum& sum, const Weights& weights, int64_t row, int64_t k) const {
+        const uint16_t* pair = x + row * inputs + k;
+        sum += (Floats)(weights << 16) * from_bfloat16(pair[0]);
+        sum += (Floats)(weights & int32_t(0xffff0000)) * from_bfloat16(pair[1]);
+    }
+#endif
+};
+
+#ifdef __AVX512VNNI__
+// Weights are bytes, the integer + 128. Inputs, bf16, become integers of 16 bits, with one step for each row, and those
+// two of 8 bits, so that all sums are exact.
+struct Int8 {
+    typedef uint16_t Number;
+    static constexpr int STEP = 4, AT_A_TIME = ROWS / 2;
+    typedef __m512i Weights;
+    struct Sum {
+        __m512i high, low;
+    };
+    int64_t inputs;
+    std::vector<int8_t> parts;    // [row][high and low][inputs]
+    std::vector<int32_t> offset;  // [row][high and low]: what 128 more in each weight adds
+    std::vector<float> step;      // [row]
+    Int8(const void* given, int64_t rows, int64_t inputs)
+        : inputs(inputs), parts(2 * rows * inputs), offset(2 * rows), step(rows) {
+        const uint16_t* const x = static_cast<const uint16_t*>(given);
+#pragma omp parallel for schedule(static) if (rows * inputs > SMALL)
+        for (int64_t r = 0; r < rows; r++) {
+            int32_t most = 0;  // bits of absolute values are in their order
+            for (int64_t k = 0; k < inputs; k++) most = std::max(most, x[r * inputs + k] & 0x7fff);
+            const float largest = from_bfloat16(most);
+            step[r] = largest / 32512;
+            if (!(largest < INFINITY)) step[r] = NAN;
+            const float factor = largest > 1e-30f && largest < INFINITY ? 32512 / largest : 0;
+            int8_t *const high = &parts[2 * r * inputs], *const low = high + inputs;
+            int32_t sums[2] = {};
+            for (int64_t k = 0; k < inputs; k++) {
+                const float scaled = factor == 0 ? 0 : from_bfloat16(x[r * inputs + k]) * factor;
+                const int32_t whole = int32_t(scaled + (scaled < 0 ? -0.5f : 0.5f));
+                low[k] = int8_t(whole);
+                high[k] = int8_t((whole - low[k]) / 256);
+                sums[0] += high[k];
+                sums[1] += low[k];
+            }
+            offset[2 * r] = 128 * sums[0];
+            offset[2 * r + 1] = 128 * sums[1];
+        }
+    }
+    Sum none(int64_t row) const {
+        return {_mm512_set1_epi32(-offset[2 * row]), _mm512_set1_epi32(-offset[2 * row + 1])};
+    }
+    void add(Sum& sum, const Weights& weights, int64_t row, int64_t k) const {
+        const int8_t* const at = &parts[2 * row * inputs + k];
+        sum.high = _mm512_dpbusd_epi32(sum.high, weights, _mm512_set1_epi32(load<int32_t>(at)));
+        sum.low = _mm512_dpbusd_epi32(sum.low, weights, _mm512_set1_epi32(load<int32_t>(at + inputs)));
+    }
+    Floats total(const Sum& sum) const {
+        return __builtin_convertvector((Ints)sum.high, Floats) * 256 + __builtin_convertvector((Ints)sum.low, Floats);
+    }
+    float factor(int64_t row) const { return step[row]; }
+};
+#endif
+
+using Format = FORMAT;
+
+static inline void write(float* to, float x) { *to = x; }
+static inline void write(uint16_t* to, float x) { *to = to_bfloat16(x); }
+
+// So many rows' products with a block of weights. Its outputs are `count`, the first of them at `out`.
+template <int MANY>
+static void block(
+    const Format& rows, int64_t row, const uint8_t* weights, const float* scale, Format::Number* out, int64_t inputs,
+    int64_t outputs, int64_t count) {
+    Format::Sum sums[MANY][VECTORS];
+    for (int r = 0; r < MANY; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = rows.none(row + r);
+    for (int64_t k = 0; k < inputs; k += Format::STEP) {
+        Format::Weights some[VECTORS];
+        for (int v = 0; v < VECTORS; v++) some[v] = load<Format::Weights>(weights + v * 4 * LANES);
+        weights += VECTORS * 4 * LANES;
+        for (int r = 0; r < MANY; r++)
+            for (int v = 0; v < VECTORS; v++) rows.add(sums[r][v], some[v], row + r, k);
+    }
+    for (int r = 0; r < MANY; r++) {
+        float totals[OUTPUTS];
+        for (int v = 0; v < VECTORS; v++) {
+            const Floats total = rows.total(sums[r][v]);
+            std::memcpy(totals + v * LANES, &total, sizeof total);
+        }
+        const float factor = rows.factor(row + r);
+        for (int n = 0; n < count; n++)
+            write(out + (row + r) * outputs + n, totals[n] * (scale ? scale[n] * factor : factor));
+    }
+}
+
+template <int MANY, class... Rest>
+static void last(int64_t many, const Format& rows, int64_t row, Rest... rest) {
+    if (many == MANY) return block<MANY>(rows, row, rest...);
+    if constexpr (MANY > 1) last<MANY - 1>(many, rows, row, rest...);
+}
+
+// x: [rows, inputs]; out: [rows, outputs], of the same numbers; weights: blocks; scale: [outputs], or none.
+extern "C" void multiply(
+    const void* x, const uint8_t* weights, const float* scale, void* out, int64_t count, int64_t inputs,
+    int64_t outputs) {
+    const Format rows(x, count, inputs);
+    const int64_t size = inputs / Format::STEP * OUTPUTS * 4, blocks = (outputs + OUTPUTS - 1) / OUTPUTS;
+#pragma omp parallel for schedule(static) if (count * inputs * outputs > SMALL)
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t first = b * OUTPUTS, many = std::min<int64_t>(OUTPUTS, outputs - first);
+        Format::Number* const to = static_cast<Format::Number*>(out) + first;
+        for (int64_t row = 0; row < count; row += Format::AT_A_TIME)
+            last<Format::AT_A_TIME>(
+                std::min<int64_t>(Format::AT_A_TIME, count - row), rows, row, weights + b * size,
+                scale ? scale + first : nullptr, to, inputs, outputs, many);
+    }
+}
