@@ -9,16 +9,11 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __AVX512F__
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
+#include "vectors.h"
+
 constexpr int D = HEAD_DIM, VECTORS = D / LANES;
 static_assert(VECTORS % 2 == 0, "vectors are read two at a time");
 
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int16_t Shorts __attribute__((vector_size(2 * LANES), aligned(1)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1)));
 
@@ -33,13 +28,6 @@ static inline float from_half(uint16_t bits) {
     float value;
     std::memcpy(&value, &scaled, 4);
     return value * 0x1p112f;  // of finite numbers, subnormal ones as well
-}
-
-template <class T>
-static inline T load(const void* at) {
-    T value;
-    std::memcpy(&value, at, sizeof value);
-    return value;
 }
 
 struct Float32 {
@@ -150,22 +138,6 @@ static inline float sum(Floats x) {
     float all = 0;
     for (int lane = 0; lane < LANES; lane++) all += x[lane];
     return all;
-}
-
-// Within 2 units in the last place; 0 below -87.
-static inline float exponential(float x) {
-    const float n = std::nearbyint(std::max(x, -87.f) * 1.44269504f);
-    const float r = std::fma(n, -1.42860677e-6f, std::fma(n, -0.693145752f, std::max(x, -87.f)));  // |r| < 0.35
-    float p = std::fma(r, 1.f / 5040, 1.f / 720);  // the exponential's series
-    p = std::fma(p, r, 1.f / 120);
-    p = std::fma(p, r, 1.f / 24);
-    p = std::fma(p, r, 1.f / 6);
-    p = std::fma(p, r, 0.5f);
-    p = std::fma(std::fma(p, r, 1.f), r, 1.f);
-    const int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return x < -87.f ? 0 : p * power;
 }
 
 // use(n, m) for n = 0, LANES, 2 * LANES ..., with m tokens from there on: a constant, but for the last ones.

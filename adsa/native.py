@@ -25,6 +25,7 @@ _EXTRAS = {
     "avx512_vnni": ("_is_vnni_supported", "-mavx512vnni"),
     "amx_tile": ("_is_amx_tile_supported", None),
 }
+_SHARED = Path(__file__).with_name("vectors.h")  # that sources include
 _TIME_LIMIT = 120  # seconds
 
 
@@ -75,7 +76,8 @@ def _compiled(source: Path, constants: dict[str, int | str], compiler: Sequence[
     defined = [f"-D{name}={value}" for name, value in constants.items()]
     extras = [flag for extra, (_, flag) in _EXTRAS.items() if flag and supports(extra)]
     command = [*compiler, *_FLAGS, *_VECTORS[_capability()], *extras, *defined]
-    key = hashlib.sha256("\0".join([*command, source.read_text()]).encode()).hexdigest()[:16]
+    texts = [*command, source.read_text(), _SHARED.read_text()]
+    key = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adsa"
     made = folder / f"{source.stem}-{key}.so"
     if not made.exists():

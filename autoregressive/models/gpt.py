@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adsa import KVCache, LayerCache, Order
 from adsa.fused import fused
+from autoregressive.models.loops import Loops, loops
 from autoregressive.models.pretrained import Pretrained
 from autoregressive.models.rope import apply_rope, rope_table
 
@@ -159,9 +160,16 @@ class CaptionEmbedder(nn.Module):
         return self.cap_proj(caption)
 
 
-def kernels_for(x: Tensor) -> types.ModuleType | None:
-    """:mod:`autoregressive.models.kernels`, if they are for such a tensor; else PyTorch's operations have to do."""
-    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or not fused(x.device, x.dtype):
+def kernels_for(x: Tensor) -> types.ModuleType | Loops | None:
+    """What does a block's operations on such a tensor in one pass each, or None: PyTorch's operations have to do.
+
+    On a GPU :mod:`autoregressive.models.kernels`, on a CPU :class:`~autoregressive.models.loops.Loops`.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if x.is_cpu:
+        return loops(x.dtype)
+    if not fused(x.device, x.dtype):
         return None
     from autoregressive.models import kernels  # needs Triton
 

@@ -4,32 +4,32 @@ import torch
 from torch import Tensor, nn
 
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.products import Products, products
+from autoregressive.models.loops import Loops, multiplies
 from autoregressive.models.quantize import Int8Linear, replace_linear_layers
 
 
 class BlockedLinear(nn.Module):
-    """A linear layer without bias for inference on a CPU, by the project's own products.
+    """A linear layer without bias for inference on a CPU, by the project's own loops.
 
     Args:
         layer: whose weights are taken. It stays as it is.
-        multiply: for weights of that dtype.
+        loops: for weights of that dtype.
 
     Attributes:
-        weight: blocks of 32 outputs, see :meth:`Products.blocks`.
+        weight: blocks of 32 outputs, see :meth:`Loops.blocks`.
         scale: float32 ``[out]`` of integers, else None.
     """
 
-    def __init__(self, layer: nn.Linear | Int8Linear, multiply: Products):
+    def __init__(self, layer: nn.Linear | Int8Linear, loops: Loops):
         super().__init__()
-        self.multiply, self.outputs = multiply, len(layer.weight)
-        self.weight = nn.Parameter(multiply.blocks(layer.weight.detach()), requires_grad=False)
+        self.loops, self.outputs = loops, len(layer.weight)
+        self.weight = nn.Parameter(loops.blocks(layer.weight.detach()), requires_grad=False)
         scale = layer.scale.detach().float() if isinstance(layer, Int8Linear) else None
         self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` of the layer's dtype -> ``[..., out]``."""
-        return self.multiply(x, self.weight, self.outputs, self.scale)
+        return self.loops.multiply(x, self.weight, self.outputs, self.scale)
 
 
 class PackedLinear(nn.Module):
@@ -70,9 +70,9 @@ def _packed(layer: nn.Linear | Int8Linear) -> nn.Module:
     weight, integers = layer.weight, isinstance(layer, Int8Linear)
     if not weight.is_cpu:
         return layer
-    multiply, of = products(weight.dtype), layer.scale.dtype if integers else weight.dtype
-    if multiply is not None and of == multiply.takes and weight.shape[1] % multiply.together == 0:
-        return BlockedLinear(layer, multiply)
+    loops, of = multiplies(weight.dtype), layer.scale.dtype if integers else weight.dtype
+    if loops is not None and of == loops.takes and weight.shape[1] % loops.together == 0:
+        return BlockedLinear(layer, loops)
     return PackedLinear(layer) if not integers and _by_onednn(weight.dtype) else layer
 
 

@@ -11,9 +11,8 @@ from adsa import CacheConfig, native
 from autoregressive.models import packed as module
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
+from autoregressive.models.loops import _FORMATS, Loops, multiplies
 from autoregressive.models.packed import BlockedLinear, PackedLinear, pack
-from autoregressive.models.products import _NAMES as FORMATS
-from autoregressive.models.products import Products, products
 from autoregressive.models.quantize import Int8Linear, quantize
 from tests.golden import fill_weights
 
@@ -43,10 +42,10 @@ def layer_of(dtype: torch.dtype, inputs: int, outputs: int) -> nn.Linear | Int8L
 
 @pytest.fixture(params=["project's", "onednn's"])
 def whose(request, monkeypatch):
-    """By the project's products where they are compiled, or without."""
+    """By the project's loops where they are compiled, or without."""
     if request.param == "onednn's":
-        monkeypatch.setattr(module, "products", lambda dtype: None)
-    elif products(torch.float32) is None:
+        monkeypatch.setattr(module, "multiplies", lambda dtype: None)
+    elif multiplies(torch.float32) is None:
         pytest.skip("no C++ here")
     return request.param
 
@@ -91,15 +90,15 @@ def test_products(dtype, rows, inputs, outputs, whose):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
 def test_extremes(dtype):
     """Rows of zeros, of one large number among small ones, of the largest, and what is no number: in that row alone."""
-    if (multiply := products(dtype)) is None:
+    if (loops := multiplies(dtype)) is None:
         pytest.skip("no such products here")
     given = layer_of(dtype, 64, 40)
-    x = torch.zeros(6, 64, dtype=multiply.takes)
+    x = torch.zeros(6, 64, dtype=loops.takes)
     x[1] = 1e-29
     x[2], x[2, 5] = 1e-3, 1e4
     x[3] = 1e36
     x[4, 7], x[5, 9] = float("nan"), float("inf")
-    found = BlockedLinear(given, multiply)(x)
+    found = BlockedLinear(given, loops)(x)
     assert_is_product(found[:4], x[:4], given)
     assert not found[0].any()
     assert found[4].isnan().all() and not found[5].isfinite().any()
@@ -113,15 +112,15 @@ def test_narrower_vectors_and_fewer_instructions(dtype, rows, monkeypatch):
     given, x = layer_of(dtype, 96, 70), torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
     with monkeypatch.context() as patched:
         patched.setattr(native, "_capability", lambda: "AVX2")
-        library = native.library.__wrapped__(Path(module.__file__).with_name("products.cpp"), FORMAT=FORMATS[dtype])
-        found = BlockedLinear(given, Products(library, dtype))(x)
+        library = native.library.__wrapped__(Path(module.__file__).with_name("loops.cpp"), FORMAT=_FORMATS[dtype])
+        found = BlockedLinear(given, Loops(library, dtype))(x)
     assert_is_product(found, x, given)
 
 
 def test_wrong_inputs():
-    if (multiply := products(torch.float32)) is None:
+    if (loops := multiplies(torch.float32)) is None:
         pytest.skip("no C++ here")
-    layer = BlockedLinear(layer_of(torch.float32, 40, 30), multiply)
+    layer = BlockedLinear(layer_of(torch.float32, 40, 30), loops)
     for x in (torch.zeros(2, 41), torch.zeros(2, 40, dtype=torch.bfloat16), torch.zeros(2, 40, device="meta")):
         with pytest.raises(ValueError, match=r"inputs must be torch.float32 \[..., 40\] on the CPU"):
             layer(x)

@@ -1,35 +1,21 @@
-// Products of a step's few rows with a linear layer's weights, which are read once, in order and as they lie in memory:
-// such a step waits for memory. autoregressive/models/products.py calls them.
+// A CPU's loops for a step of decoding, between its products and in them. autoregressive/models/loops.py calls them.
 //
-// FORMAT is one of the classes below. Weights lie in blocks of OUTPUTS outputs; a block holds STEP inputs of each of its
-// outputs, then the next STEP inputs of each, and so on.
+// A step has few rows and waits for the weights of its linear layers. These lie in blocks of OUTPUTS outputs; a block
+// holds STEP inputs of each of its outputs, then the next STEP inputs of each, and so on: memory is read in order, once.
+// FORMAT is one of the classes below, by which they are multiplied; other functions' numbers are its inputs'.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
-#ifdef __AVX512F__
-constexpr int LANES = 16, ROWS = 8;  // at a time: their sums stay in registers
-#else
-constexpr int LANES = 8, ROWS = 2;
-#endif
+#include <type_traits>
+#include <vector>
+
+#include "../../adsa/vectors.h"
+
+constexpr int ROWS = LANES == 16 ? 8 : 2;  // at a time: their sums stay in registers
 constexpr int OUTPUTS = 32, VECTORS = OUTPUTS / LANES;
 constexpr int64_t SMALL = 1 << 17;  // products that take no longer than waking another thread
-
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
-
-template <class T>
-static inline T load(const void* at) {
-    T value;
-    std::memcpy(&value, at, sizeof value);
-    return value;
-}
 
 static inline uint16_t to_bfloat16(float x) {
     const uint32_t bits = load<uint32_t>(&x);
@@ -136,14 +122,22 @@ struct Int8 {
 #endif
 
 using Format = FORMAT;
+using Number = Format::Number;
 
-static inline void write(float* to, float x) { *to = x; }
-static inline void write(uint16_t* to, float x) { *to = to_bfloat16(x); }
+static inline float wide(Number x) {
+    if constexpr (std::is_same_v<Number, float>) return x;
+    else return from_bfloat16(x);
+}
+
+static inline Number rounded(float x) {
+    if constexpr (std::is_same_v<Number, float>) return x;
+    else return to_bfloat16(x);
+}
 
 // So many rows' products with a block of weights. Its outputs are `count`, the first of them at `out`.
 template <int MANY>
 static void block(
-    const Format& rows, int64_t row, const uint8_t* weights, const float* scale, Format::Number* out, int64_t inputs,
+    const Format& rows, int64_t row, const uint8_t* weights, const float* scale, Number* out, int64_t inputs,
     int64_t outputs, int64_t count) {
     Format::Sum sums[MANY][VECTORS];
     for (int r = 0; r < MANY; r++)
@@ -163,7 +157,7 @@ static void block(
         }
         const float factor = rows.factor(row + r);
         for (int n = 0; n < count; n++)
-            write(out + (row + r) * outputs + n, totals[n] * (scale ? scale[n] * factor : factor));
+            out[(row + r) * outputs + n] = rounded(totals[n] * (scale ? scale[n] * factor : factor));
     }
 }
 
@@ -173,8 +167,10 @@ static void last(int64_t many, const Format& rows, int64_t row, Rest... rest) {
     if constexpr (MANY > 1) last<MANY - 1>(many, rows, row, rest...);
 }
 
-// x: [rows, inputs]; out: [rows, outputs], of the same numbers; weights: blocks; scale: [outputs], or none.
-extern "C" void multiply(
+extern "C" {
+
+// x: [count, inputs]; out: [rows, outputs], of the same numbers; weights: blocks; scale: [outputs], or none.
+void multiply(
     const void* x, const uint8_t* weights, const float* scale, void* out, int64_t count, int64_t inputs,
     int64_t outputs) {
     const Format rows(x, count, inputs);
@@ -182,10 +178,56 @@ extern "C" void multiply(
 #pragma omp parallel for schedule(static) if (count * inputs * outputs > SMALL)
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t first = b * OUTPUTS, many = std::min<int64_t>(OUTPUTS, outputs - first);
-        Format::Number* const to = static_cast<Format::Number*>(out) + first;
+        Number* const to = static_cast<Number*>(out) + first;
         for (int64_t row = 0; row < count; row += Format::AT_A_TIME)
             last<Format::AT_A_TIME>(
                 std::min<int64_t>(Format::AT_A_TIME, count - row), rows, row, weights + b * size,
                 scale ? scale + first : nullptr, to, inputs, outputs, many);
     }
+}
+
+// x, out: [rows, dim]. Rounded where PyTorch's operations round.
+void rms_norm(const Number* x, const Number* weight, Number* out, int64_t rows, int64_t dim, float eps) {
+#pragma omp parallel for schedule(static) if (rows * dim > SMALL)
+    for (int64_t r = 0; r < rows; r++) {
+        const Number* const from = x + r * dim;
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t n = 0; n < dim; n++) squares += wide(from[n]) * wide(from[n]);
+        const float inverse = 1 / std::sqrt(squares / dim + eps);
+#pragma omp simd
+        for (int64_t n = 0; n < dim; n++)
+            out[r * dim + n] = rounded(wide(rounded(wide(from[n]) * inverse)) * wide(weight[n]));
+    }
+}
+
+// x: [rows, tokens, heads, dim], without gaps within a token; out without any; table: [tokens, dim / 2, 2].
+void rope(
+    const Number* x, const float* table, Number* out, int64_t rows, int64_t tokens, int64_t heads, int64_t dim,
+    int64_t row, int64_t token) {
+    const int64_t size = heads * dim;
+#pragma omp parallel for collapse(2) schedule(static) if (rows * tokens * size > SMALL)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t t = 0; t < tokens; t++) {
+            const Number* const from = x + r * row + t * token;
+            Number* const to = out + (r * tokens + t) * size;
+            const float* const angles = table + t * dim;
+            for (int64_t h = 0; h < size; h += dim)
+#pragma omp simd
+                for (int64_t n = 0; n < dim; n += 2) {
+                    const float even = wide(from[h + n]), odd = wide(from[h + n + 1]);
+                    to[h + n] = rounded(even * angles[n] - odd * angles[n + 1]);
+                    to[h + n + 1] = rounded(odd * angles[n] + even * angles[n + 1]);
+                }
+        }
+}
+
+// gate, up, out: [count]. Rounded where PyTorch's operations round.
+void swiglu(const Number* gate, const Number* up, Number* out, int64_t count) {
+#pragma omp parallel for simd schedule(static) if (parallel : count > SMALL)
+    for (int64_t n = 0; n < count; n++) {
+        const float x = wide(gate[n]), small = exponential(-std::abs(x));
+        out[n] = rounded(wide(rounded((x < 0 ? x * small : x) / (1 + small))) * wide(up[n]));
+    }
+}
 }
