@@ -61,12 +61,18 @@ def library(source: Path, **constants: int | str) -> ctypes.CDLL | None:
             failure = error
     lines = str(getattr(failure, "stderr", None) or failure).strip().splitlines() or [type(failure).__name__]
     why = next((line for line in lines if "error" in line), lines[0])
-    warnings.warn(
-        f"{source.name} can't be compiled here, so that steps are slower: {why}. It needs g++, or another GCC that CXX "
-        "names, and a folder to write to, which XDG_CACHE_HOME may name; ADSA_KERNELS=0 does without",
-        stacklevel=2,
-    )
+    _tell(why)
     return None
+
+
+@functools.cache
+def _tell(why: str) -> None:
+    """Once, and not for each source."""
+    warnings.warn(
+        f"the project's C++ can't be compiled here, so that steps are slower: {why}. It needs g++, or another GCC that "
+        "CXX names, and a folder to write to, which XDG_CACHE_HOME may name; ADSA_KERNELS=0 does without",
+        stacklevel=3,
+    )
 
 
 def _compiled(source: Path, constants: dict[str, int | str], compiler: Sequence[str] = ("g++",)) -> Path:

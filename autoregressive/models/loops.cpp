@@ -86,24 +86,26 @@ struct Int8 {
         const uint16_t* const x = static_cast<const uint16_t*>(given);
 #pragma omp parallel for schedule(static) if (rows * inputs > SMALL)
         for (int64_t r = 0; r < rows; r++) {
-            int32_t most = 0;  // bits of absolute values are in their order
-            for (int64_t k = 0; k < inputs; k++) most = std::max(most, x[r * inputs + k] & 0x7fff);
+            const uint16_t* const from = x + r * inputs;
+            int32_t most = 0, highs = 0, lows = 0;
+#pragma omp simd reduction(max : most)  // bits of absolute values are in their order
+            for (int64_t k = 0; k < inputs; k++) most = std::max(most, from[k] & 0x7fff);
             const float largest = from_bfloat16(most);
-            step[r] = largest / 32512;
-            if (!(largest < INFINITY)) step[r] = NAN;
-            const float factor = largest > 1e-30f && largest < INFINITY ? 32512 / largest : 0;
+            const bool finite = largest < INFINITY;
+            step[r] = finite ? largest / 32512 : NAN;
+            const float factor = finite && largest > 1e-30f ? 32512 / largest : 0;
             int8_t *const high = &parts[2 * r * inputs], *const low = high + inputs;
-            int32_t sums[2] = {};
+#pragma omp simd reduction(+ : highs, lows)
             for (int64_t k = 0; k < inputs; k++) {
-                const float scaled = factor == 0 ? 0 : from_bfloat16(x[r * inputs + k]) * factor;
-                const int32_t whole = int32_t(scaled + (scaled < 0 ? -0.5f : 0.5f));
-                low[k] = int8_t(whole);
-                high[k] = int8_t((whole - low[k]) / 256);
-                sums[0] += high[k];
-                sums[1] += low[k];
+                const int32_t whole = finite ? int32_t(std::nearbyint(from_bfloat16(from[k]) * factor)) : 0;
+                const int32_t below = int32_t(uint32_t(whole) << 24) >> 24;
+                low[k] = int8_t(below);
+                high[k] = int8_t((whole - below) >> 8);
+                highs += (whole - below) >> 8;
+                lows += below;
             }
-            offset[2 * r] = 128 * sums[0];
-            offset[2 * r + 1] = 128 * sums[1];
+            offset[2 * r] = 128 * highs;
+            offset[2 * r + 1] = 128 * lows;
         }
     }
     Sum none(int64_t row) const {

@@ -47,7 +47,7 @@ class Loops:
             setattr(self, f"_{name}", function)
 
     def __reduce__(self):
-        return _compiled, (self._made_of,)  # of a layer that is copied or pickled
+        return loops, (self._made_of,)  # of a layer that is copied or pickled
 
     def blocks(self, weight: Tensor) -> Tensor:
         """Weights as :meth:`multiply` takes them.
@@ -117,19 +117,15 @@ class Loops:
             )
 
 
+@functools.cache
 def loops(dtype: torch.dtype) -> Loops | None:
-    """Those for weights of this dtype, or None where there are none."""
-    if dtype not in _FORMATS or not native.wanted():
+    """Those for weights of this dtype, or None where there are none. Found out once."""
+    if dtype not in _FORMATS or not native.wanted() or (dtype == torch.int8 and not native.supports("avx512_vnni")):
         return None
-    return None if dtype == torch.int8 and not native.supports("avx512_vnni") else _compiled(dtype)
+    library = native.library(Path(__file__).with_suffix(".cpp"), FORMAT=_FORMATS[dtype])
+    return None if library is None else Loops(library, dtype)
 
 
 def multiplies(dtype: torch.dtype) -> Loops | None:
     """Those for weights of this dtype, unless a library's products are faster."""
     return None if dtype != torch.float32 and native.supports("amx_tile") else loops(dtype)
-
-
-@functools.cache
-def _compiled(dtype: torch.dtype) -> Loops | None:
-    library = native.library(Path(__file__).with_suffix(".cpp"), FORMAT=_FORMATS[dtype])
-    return None if library is None else Loops(library, dtype)
