@@ -49,14 +49,14 @@ def library(source: Path, **constants: int | str) -> ctypes.CDLL | None:
         source: C++ for GCC, in one file.
         constants: of its preprocessor.
     """
-    for compiler in _compilers():
+    for command in _commands():
         try:
-            made = _compiled(source, constants, compiler)
+            made = _compiled(source, constants, command)
             try:
                 return ctypes.CDLL(str(made))
             except OSError:  # cut off, or of another system that has the same folder
                 made.unlink(missing_ok=True)
-                return ctypes.CDLL(str(_compiled(source, constants, compiler)))
+                return ctypes.CDLL(str(_compiled(source, constants, command)))
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
             failure = error
     lines = str(getattr(failure, "stderr", None) or failure).strip().splitlines() or [type(failure).__name__]
@@ -75,13 +75,12 @@ def _tell(why: str) -> None:
     )
 
 
-def _compiled(source: Path, constants: dict[str, int | str], compiler: Sequence[str] = ("g++",)) -> Path:
+def _compiled(source: Path, constants: dict[str, int | str], command: Sequence[str] = ("g++",)) -> Path:
     """The shared object of a source, from an earlier time if it is the same."""
-    if shutil.which(compiler[0]) is None:
-        raise FileNotFoundError(f"there is no {compiler[0]}")
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(f"there is no {command[0]}")
     defined = [f"-D{name}={value}" for name, value in constants.items()]
-    extras = [flag for extra, (_, flag) in _EXTRAS.items() if flag and supports(extra)]
-    command = [*compiler, *_FLAGS, *_VECTORS[_capability()], *extras, *defined]
+    command = [*command, *_FLAGS, *_VECTORS[_capability()], *defined]
     texts = [*command, source.read_text(), _SHARED.read_text()]
     key = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adsa"
@@ -94,6 +93,12 @@ def _compiled(source: Path, constants: dict[str, int | str], compiler: Sequence[
             subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_TIME_LIMIT)
             new.replace(made)  # whole or not at all, and other processes may do the same
     return made
+
+
+def _commands() -> list[list[str]]:
+    """Commands to try in turn: an older compiler doesn't know all that the processor has."""
+    extras = tuple(flag for extra, (_, flag) in _EXTRAS.items() if flag and supports(extra))
+    return [[*compiler, *flags] for compiler in _compilers() for flags in dict.fromkeys((extras, ()))]
 
 
 def _compilers() -> list[list[str]]:

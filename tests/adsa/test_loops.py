@@ -443,6 +443,21 @@ def test_compilers(source, compiler, monkeypatch):
     assert native.library(source, EXPONENT=2) is not None
 
 
+@needs_loops
+def test_an_older_compiler(source, tmp_path, monkeypatch):
+    """That doesn't know all instructions: those which it knows are used."""
+    compiler = tmp_path / "older"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-mnew*) echo "error: unrecognized" >&2; exit 1;; esac\nexec g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(native, "_EXTRAS", {"new": ("is_available", "-mnew")})
+    monkeypatch.setattr(native, "_capability", lambda: "AVX512")
+    assert [command[1:] for command in native._commands()] == [["-mnew"], []] * 2
+    assert native.library(source, EXPONENT=2) is not None
+
+
 @pytest.mark.parametrize("fault", ["compiler", "source", "folder", "home"])
 def test_where_nothing_compiles(source, fault, tmp_path, monkeypatch):
     """PyTorch does the work, and says so once."""
