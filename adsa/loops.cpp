@@ -3,10 +3,6 @@
 // HEAD_DIM is D. FORMAT is one of the classes below, by which a vector of D numbers is read from a slot's parts.
 // A slot's number counts from the first slot of the first row and head; parts have no gaps between slots.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "vectors.h"

@@ -20,8 +20,7 @@ Parts = tuple[Tensor, ...]
 _VECTORS = 32  # D is a multiple of so many numbers
 _INTEGERS = {"int8": "Int8", "int4": "Int4"}
 _PLAIN = {torch.float32: "Float32", torch.bfloat16: "BFloat16"}
-# What the functions of loops.cpp take: pointers, integers, floats.
-_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+# What the functions of loops.cpp take, see :func:`adsa.native.functions`.
 _ARGUMENTS = {
     "attend": "pp iiiii ii pp piii p iii pp i ff",
     "count_in": "p ii ii i pi ppi",
@@ -43,9 +42,7 @@ class Loops:
 
     def __init__(self, library: ctypes.CDLL, written: str, dim: int):
         self._made_of = written, dim
-        for name, arguments in _ARGUMENTS.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = None, [_KINDS[kind] for kind in arguments.replace(" ", "")]
+        for name, function in native.functions(library, _ARGUMENTS).items():
             setattr(self, f"_{name}", function)
 
     def __reduce__(self):
@@ -75,17 +72,19 @@ class Loops:
         q = q.contiguous()
         (rows, heads, shared, queries, dim), count = q.shape, keys[0].shape[2]
         for parts in (keys, values):
-            _check("keys and values", parts[0], (rows, heads, count, parts[0].shape[3]))
+            native.check("keys and values", parts[0], (rows, heads, count, parts[0].shape[3]))
         if _strides(keys) != _strides(values):
             raise ValueError("keys and values must lie alike")
-        _check("queries", q, (rows, heads, shared, queries, self._made_of[1]), torch.float32)
+        native.check("queries", q, (rows, heads, shared, queries, self._made_of[1]), torch.float32)
         out = torch.empty_like(q)
         of_keys, total, inverse_norm, similarities = comparison or (False, None, None, None)
         groups, compared = (heads, 0) if similarities is None else similarities.shape[1:]
         if similarities is not None:
-            _check("similarities", similarities, (rows, groups, compared), torch.float32)
-            _check("total", total, (rows, heads, dim), torch.float32)
-            _check("inverse_norm", inverse_norm, (rows, groups, max(compared, inverse_norm.shape[2])), torch.float32)
+            native.check("similarities", similarities, (rows, groups, compared), torch.float32)
+            native.check("total", total, (rows, heads, dim), torch.float32)
+            native.check(
+                "inverse_norm", inverse_norm, (rows, groups, max(compared, inverse_norm.shape[2])), torch.float32
+            )
         self._attend(
             _at(q), _at(out), rows, heads, shared, queries, count, *_strides(keys), _all(keys), _all(values),
             *_added(bias, rows, heads, queries, count), _at(similarities), of_keys, groups, count - compared,
@@ -104,11 +103,11 @@ class Loops:
         """
         (rows, heads, _), groups = total.shape, inverse_norm.shape[1]
         slots, at = (None, slot) if isinstance(slot, int) else (slot.contiguous(), 0)
-        _check("features", features[0], (rows, heads, *features[0].shape[2:]))
-        _check("total", total, (rows, heads, self._made_of[1]), torch.float32)
-        _check("inverse_norm", inverse_norm, (rows, groups, inverse_norm.shape[2]), torch.float32)
+        native.check("features", features[0], (rows, heads, *features[0].shape[2:]))
+        native.check("total", total, (rows, heads, self._made_of[1]), torch.float32)
+        native.check("inverse_norm", inverse_norm, (rows, groups, inverse_norm.shape[2]), torch.float32)
         if slots is not None:
-            _check("slots", slots, (rows, groups, 1), torch.int64)
+            native.check("slots", slots, (rows, groups, 1), torch.int64)
         self._count_in(
             _all(features), rows, heads, *_strides(features), groups, _at(slots), at, _at(total), _at(inverse_norm),
             inverse_norm.shape[2],
@@ -123,9 +122,9 @@ class Loops:
             new: ``[R, H, 1, n]`` each.
         """
         slot, (rows, heads) = slot.contiguous(), parts[0].shape[:2]
-        _check("slots", slot, (rows, slot.shape[1], 1), torch.int64)
+        native.check("slots", slot, (rows, slot.shape[1], 1), torch.int64)
         for to, x in zip(parts, new, strict=True):
-            _check("a token's numbers", x, (rows, heads, 1, to.shape[3]), to.dtype)
+            native.check("a token's numbers", x, (rows, heads, 1, to.shape[3]), to.dtype)
             x = x if x.stride(3) == 1 else x.contiguous()
             size = x.element_size()
             self._put(
@@ -146,8 +145,8 @@ class Loops:
         q = q.contiguous()
         rows, heads, queries, _ = q.shape
         slots, most = keys[0].shape[2], q.new_empty(rows, heads, count)
-        _check("keys", keys[0], (rows, heads, slots, keys[0].shape[3]))
-        _check("queries", q, (rows, heads, queries, self._made_of[1]), torch.float32)
+        native.check("keys", keys[0], (rows, heads, slots, keys[0].shape[3]))
+        native.check("queries", q, (rows, heads, queries, self._made_of[1]), torch.float32)
         self._most_weight(
             _at(q), _at(most), rows, heads, queries, slots, *_strides(keys), _all(keys),
             *_added(bias, rows, heads, 1, slots)[:3], slots - count,
@@ -168,8 +167,8 @@ class Loops:
         """
         rows, heads, count, _ = keys[0].shape
         slots, never = slots.contiguous(), never.contiguous()
-        _check("slots", slots, (rows, *slots.shape[1:]), torch.int64)
-        _check("never", never, (rows, slots.shape[1], count), torch.bool)
+        native.check("slots", slots, (rows, *slots.shape[1:]), torch.int64)
+        native.check("never", never, (rows, slots.shape[1], count), torch.bool)
         distance, where = torch.empty_like(slots, dtype=torch.float32), torch.empty_like(slots)
         self._nearest(
             _all(keys), rows, heads, count, *_strides(keys), slots.shape[1], _at(slots), slots.shape[2], _at(never),
@@ -197,8 +196,8 @@ class Loops:
             number, prefix, local, largest, fraction, bits: as of :func:`adsa.kernels.ranks`, whose clock is the number.
         """
         score, (rows, groups, count) = score.contiguous(), arrivals.shape
-        _check("scores", score, (rows, groups, count), torch.float32)
-        _check("arrivals", arrivals, (rows, groups, count), torch.int32)
+        native.check("scores", score, (rows, groups, count), torch.float32)
+        native.check("arrivals", arrivals, (rows, groups, count), torch.int32)
         found = torch.empty_like(arrivals[..., :1], dtype=torch.int64, memory_format=torch.contiguous_format)
         self._least_worthy(
             _at(score), _at(arrivals), rows * groups, count, arrivals.stride(1), _at(number), prefix, local, largest,
@@ -230,15 +229,6 @@ def _compiled(written: str, dim: int) -> Loops | None:
     return None if library is None else Loops(library, written, dim)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    """Raises ValueError for what C++ would read past its end, or as other numbers."""
-    if tensor.shape != shape or not tensor.is_cpu or dtype not in (None, tensor.dtype):
-        kind = "" if dtype is None else f"{dtype} "
-        raise ValueError(
-            f"{name} must be {kind}{[*shape]} on the CPU, not {tensor.dtype} {[*tensor.shape]} on {tensor.device}"
-        )
-
-
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -251,7 +241,7 @@ def _added(bias: Tensor | None, rows: int, heads: int, queries: int, count: int)
     """Where the bias lies, and how far it is from a row, a head and a query to the next."""
     if bias is None:
         return None, 0, 0, 0
-    _check("bias", bias, (*bias.shape[:3], count), torch.float32)
+    native.check("bias", bias, (*bias.shape[:3], count), torch.float32)
     if bias.stride(3) != 1:
         raise ValueError("bias of neighbouring slots must be neighbours")
     return _at(bias), *bias.expand(rows, heads, queries, -1).stride()[:3]

@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 # By what PyTorch has found the processor to have.
@@ -19,10 +20,10 @@ _VECTORS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
 }
-# What not every processor with such vectors has: how PyTorch is asked for it, and GCC's name.
+# What not every processor with AVX512 has: how PyTorch is asked for it, and GCC's name, in the order of its versions.
 _EXTRAS = {
-    "avx512_bf16": ("_is_avx512_bf16_supported", "-mavx512bf16"),
     "avx512_vnni": ("_is_vnni_supported", "-mavx512vnni"),
+    "avx512_bf16": ("_is_avx512_bf16_supported", "-mavx512bf16"),
     "amx_tile": ("_is_amx_tile_supported", None),
 }
 _SHARED = Path(__file__).with_name("vectors.h")  # that sources include
@@ -35,8 +36,9 @@ def wanted() -> bool:
 
 
 def supports(extra: str) -> bool:
-    """Whether the processor has instructions of AVX512's family, by Linux' name, and they are used here."""
-    return _capability() == "AVX512" and getattr(torch.cpu, _EXTRAS[extra][0])()
+    """Whether the processor has these instructions beyond AVX512, by Linux' name, as far as PyTorch can tell."""
+    asked = getattr(torch.cpu, _EXTRAS[extra][0], None)
+    return _capability() == "AVX512" and asked is not None and asked()
 
 
 @functools.cache
@@ -46,9 +48,10 @@ def library(source: Path, **constants: int | str) -> ctypes.CDLL | None:
     Threads are those of PyTorch, whose OpenMP it shares.
 
     Args:
-        source: C++ for GCC, in one file.
+        source: C++ for GCC, in one file beside vectors.h.
         constants: of its preprocessor.
     """
+    failure = None
     for command in _commands():
         try:
             made = _compiled(source, constants, command)
@@ -58,16 +61,35 @@ def library(source: Path, **constants: int | str) -> ctypes.CDLL | None:
                 made.unlink(missing_ok=True)
                 return ctypes.CDLL(str(_compiled(source, constants, command)))
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
-            failure = error
+            failure = failure or error
     lines = str(getattr(failure, "stderr", None) or failure).strip().splitlines() or [type(failure).__name__]
     why = next((line for line in lines if "error" in line), lines[0])
     _tell(why)
     return None
 
 
+def functions(library: ctypes.CDLL, arguments: Mapping[str, str]) -> dict[str, Callable[..., None]]:
+    """A library's functions by name, with what each takes: "p" for a pointer, "i" an integer, "f" a float."""
+    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+    found = {}
+    for name, letters in arguments.items():
+        found[name] = getattr(library, name)
+        found[name].restype, found[name].argtypes = None, [kinds[letter] for letter in letters.replace(" ", "")]
+    return found
+
+
+def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError for what C++ would read past its end, or as other numbers."""
+    if tensor.shape != shape or not tensor.is_cpu or dtype not in (None, tensor.dtype):
+        kind = "" if dtype is None else f"{dtype} "
+        raise ValueError(
+            f"{name} must be {kind}{[*shape]} on the CPU, not {tensor.dtype} {[*tensor.shape]} on {tensor.device}"
+        )
+
+
 @functools.cache
 def _tell(why: str) -> None:
-    """Once, and not for each source."""
+    """Once for each reason, and not for each source."""
     warnings.warn(
         f"the project's C++ can't be compiled here, so that steps are slower: {why}. It needs g++, or another GCC that "
         "CXX names, and a folder to write to, which XDG_CACHE_HOME may name; ADSA_KERNELS=0 does without",
@@ -97,8 +119,8 @@ def _compiled(source: Path, constants: dict[str, int | str], command: Sequence[s
 
 def _commands() -> list[list[str]]:
     """Commands to try in turn: an older compiler doesn't know all that the processor has."""
-    extras = tuple(flag for extra, (_, flag) in _EXTRAS.items() if flag and supports(extra))
-    return [[*compiler, *flags] for compiler in _compilers() for flags in dict.fromkeys((extras, ()))]
+    extras = [flag for extra, (_, flag) in _EXTRAS.items() if flag and supports(extra)]
+    return [[*compiler, *extras[:known]] for compiler in _compilers() for known in range(len(extras), -1, -1)]
 
 
 def _compilers() -> list[list[str]]:

@@ -415,9 +415,10 @@ def demand(model: Transformer, rows: int, attended: float, vector_bytes: float) 
         of the keys and values attended to, each read once; "bytes", both; "flops": of matrix products and attention.
     """
     args = model.config
-    weights = [weight for part in (model.layers, model.norm, model.output) for weight in part.parameters()]
-    weight_bytes = sum(weight.nbytes for weight in weights)
-    products = sum(weight.numel() for weight in weights if weight.ndim == 2)
+    each = args.dim * (args.n_head + 2 * args.kv_heads) * args.head_dim + args.dim**2 + 3 * args.dim * args.ffn_dim
+    products = args.n_layer * each + args.vocab_size * args.dim  # however they lie in memory
+    others = [x for part in (model.layers, model.norm, model.output) for x in part.parameters() if x.ndim == 1]
+    weight_bytes = products * model.output.weight.element_size() + sum(x.nbytes for x in others)
     slots = args.n_layer * rows * attended
     kv_bytes = 2 * slots * args.kv_heads * vector_bytes
     return {

@@ -2,7 +2,7 @@
 //
 // A step has few rows and waits for the weights of its linear layers. These lie in blocks of OUTPUTS outputs; a block
 // holds STEP inputs of each of its outputs, then the next STEP inputs of each, and so on: memory is read in order, once.
-// FORMAT is one of the classes below, by which they are multiplied; other functions' numbers are its inputs'.
+// FORMAT is one of the classes below, by which they are multiplied. All other numbers are as its inputs.
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -14,7 +14,7 @@
 #include "../../adsa/vectors.h"
 
 constexpr int ROWS = LANES == 16 ? 8 : 2;  // at a time: their sums stay in registers
-constexpr int OUTPUTS = 32, VECTORS = OUTPUTS / LANES;
+constexpr int VECTORS = OUTPUTS / LANES;
 constexpr int64_t SMALL = 1 << 17;  // products that take no longer than waking another thread
 
 static inline uint16_t to_bfloat16(float x) {

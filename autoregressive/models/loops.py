@@ -17,8 +17,7 @@ from adsa import native
 
 _OUTPUTS = 32  # of a block
 _FORMATS = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.int8: "Int8"}
-# What the functions of loops.cpp take: pointers, integers, floats.
-_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+# What the functions of loops.cpp take, see :func:`adsa.native.functions`.
 _ARGUMENTS = {"multiply": "ppppiii", "rms_norm": "pppiif", "rope": "pppiiiiii", "swiglu": "pppi"}
 
 
@@ -26,7 +25,7 @@ class Loops:
     """The loops for weights of one dtype: float32 or bfloat16, with inputs of that dtype; or int8, with bfloat16.
 
     All tensors are a CPU's. Sums are float32. With int8 they are exact, and a row's inputs are rounded to multiples of
-    its largest / 32512.
+    its largest / 32512; a row whose largest is below 1e-30 counts as zeros.
 
     Args:
         library: loops.cpp.
@@ -34,20 +33,19 @@ class Loops:
 
     Attributes:
         takes: the inputs' dtype, and the outputs'.
+        dtype: of the weights.
         together: inputs of a product that lie side by side; all are a multiple of them.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
-        self._made_of = dtype
+        self.dtype = dtype
         self.takes = torch.bfloat16 if dtype == torch.int8 else dtype
         self.together = 4 // dtype.itemsize
-        for name, arguments in _ARGUMENTS.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = None, [_KINDS[kind] for kind in arguments]
+        for name, function in native.functions(library, _ARGUMENTS).items():
             setattr(self, f"_{name}", function)
 
     def __reduce__(self):
-        return loops, (self._made_of,)  # of a layer that is copied or pickled
+        return loops, (self.dtype,)  # of a layer that is copied or pickled
 
     def blocks(self, weight: Tensor) -> Tensor:
         """Weights as :meth:`multiply` takes them.
@@ -66,8 +64,11 @@ class Loops:
 
     def multiply(self, x: Tensor, blocks: Tensor, outputs: int, scale: Tensor | None = None) -> Tensor:
         """``[..., in]``, and :meth:`blocks` of weights -> ``[..., out]``, times ``scale``, float32 ``[out]``."""
-        inputs = blocks.shape[1] * self.together
-        self._check(x, inputs)
+        inputs, stored = blocks.shape[1] * self.together, torch.uint8 if self.dtype == torch.int8 else self.dtype
+        native.check("inputs", x, (*x.shape[:-1], inputs), self.takes)
+        native.check("weights", blocks, (-(-outputs // _OUTPUTS), blocks.shape[1], _OUTPUTS, self.together), stored)
+        if scale is not None:
+            native.check("scales", scale, (outputs,), torch.float32)
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], outputs)
         scales = None if scale is None else scale.data_ptr()
@@ -78,8 +79,9 @@ class Loops:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As :class:`~autoregressive.models.gpt.RMSNorm`. ``x``: ``[..., dim]``; ``weight``: ``[dim]``, alike."""
-        self._check(x, len(weight))
-        x = x.contiguous()
+        native.check("inputs", x, x.shape, self.takes)
+        native.check("weights", weight, x.shape[-1:], self.takes)
+        x, weight = x.contiguous(), weight.contiguous()
         out = torch.empty_like(x)
         self._rms_norm(
             x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1], x.shape[-1], eps
@@ -89,9 +91,8 @@ class Loops:
     def rope(self, x: Tensor, table: Tensor) -> Tensor:
         """As :func:`~autoregressive.models.rope.apply_rope`. ``x``: ``[B, S, H, D]``; ``table``: float32."""
         batch, tokens, heads, dim = x.shape
-        self._check(x, dim)
-        if table.shape != (tokens, dim // 2, 2):
-            raise ValueError(f"a table of [{tokens}, {dim // 2}, 2] is for this, not {[*table.shape]}")
+        native.check("inputs", x, (batch, tokens, heads, dim // 2 * 2), self.takes)
+        native.check("the table", table, (tokens, dim // 2, 2), torch.float32)
         if x.stride()[2:] != (dim, 1):
             x = x.contiguous()
         table, out = table.contiguous(), torch.empty(x.shape, dtype=x.dtype)
@@ -103,18 +104,11 @@ class Loops:
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """``silu(gate) * up``, of one shape."""
         for x in (gate, up):
-            self._check(x, gate.shape[-1])
+            native.check("inputs", x, gate.shape, self.takes)
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
         self._swiglu(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
         return out
-
-    def _check(self, x: Tensor, last: int) -> None:
-        """Raises ValueError for what C++ would read past its end, or as other numbers."""
-        if x.dtype != self.takes or not x.is_cpu or x.shape[-1] != last:
-            raise ValueError(
-                f"inputs must be {self.takes} [..., {last}] on the CPU, not {x.dtype} {[*x.shape]} on {x.device}"
-            )
 
 
 @functools.cache
@@ -122,10 +116,10 @@ def loops(dtype: torch.dtype) -> Loops | None:
     """Those for weights of this dtype, or None where there are none. Found out once."""
     if dtype not in _FORMATS or not native.wanted() or (dtype == torch.int8 and not native.supports("avx512_vnni")):
         return None
-    library = native.library(Path(__file__).with_suffix(".cpp"), FORMAT=_FORMATS[dtype])
+    library = native.library(Path(__file__).with_suffix(".cpp"), FORMAT=_FORMATS[dtype], OUTPUTS=_OUTPUTS)
     return None if library is None else Loops(library, dtype)
 
 
 def multiplies(dtype: torch.dtype) -> Loops | None:
-    """Those for weights of this dtype, unless a library's products are faster."""
-    return None if dtype != torch.float32 and native.supports("amx_tile") else loops(dtype)
+    """Those for weights of this dtype, unless a library's products are faster: by AMX, of bfloat16."""
+    return None if dtype == torch.bfloat16 and native.supports("amx_tile") else loops(dtype)

@@ -57,8 +57,8 @@ def pack(model: Transformer) -> Transformer:
     """Put what multiplies fastest in place of every linear layer of the blocks, and of the head, integers or not.
 
     Args:
-        model: with its weights loaded; changed in place. On a CPU it can't be trained, saved or moved from then on, nor
-            its ``forward`` compiled. Elsewhere, and where there is nothing faster, layers stay as they are.
+        model: with its weights loaded; changed in place. On a CPU it can't be trained, saved, moved or cast from then
+            on, nor its ``forward`` compiled. Elsewhere, and where there is nothing faster, layers stay as they are.
 
     Returns:
         The same model.
@@ -68,7 +68,7 @@ def pack(model: Transformer) -> Transformer:
 
 def _packed(layer: nn.Linear | Int8Linear) -> nn.Module:
     weight, integers = layer.weight, isinstance(layer, Int8Linear)
-    if not weight.is_cpu:
+    if not weight.is_cpu or getattr(layer, "bias", None) is not None:
         return layer
     loops, of = multiplies(weight.dtype), layer.scale.dtype if integers else weight.dtype
     if loops is not None and of == loops.takes and weight.shape[1] % loops.together == 0:

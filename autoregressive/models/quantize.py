@@ -57,7 +57,7 @@ def quantize(model: Transformer) -> Transformer:
     Returns:
         The same model.
     """
-    return replace_linear_layers(model, Int8Linear)
+    return replace_linear_layers(model, lambda layer: layer if isinstance(layer, Int8Linear) else Int8Linear(layer))
 
 
 def replace_linear_layers(model: Transformer, make: Callable[[nn.Linear | Int8Linear], nn.Module]) -> Transformer:

@@ -38,15 +38,17 @@ def guarded(main: Callable[[], None]) -> NoReturn:
             print(f"{'' if rank is None else f'[process {rank}] '}error: {message}", file=sys.stderr)
     if rank is None:
         sys.exit(code)
-    if isinstance(code, str):
+    if not isinstance(code, int | None):
         print(code, file=sys.stderr)
         code = 1
-    distributed = sys.modules.get("torch.distributed")
-    if not code and distributed is not None and distributed.is_initialized():
-        distributed.destroy_process_group()  # not after an error, as the others may never come
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        distributed = sys.modules.get("torch.distributed")
+        if not code and distributed is not None and distributed.is_initialized():
+            distributed.destroy_process_group()  # not after an error, as the others may never come
+    finally:
+        os._exit(code or 0)
 
 
 def _expected(error: Exception) -> str | None:

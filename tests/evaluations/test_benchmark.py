@@ -12,10 +12,11 @@ import torch
 from adsa import CacheConfig
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
+from autoregressive.models.loops import multiplies
 from autoregressive.models.recorded import RecordedSteps
 from evaluations import benchmark, decoders
 from evaluations.decoders import HF, Decoder, HFModel, Stepper, Upstream
-from tests.tape import recorder
+from tests.tape import operations_alone, recorder
 
 TOKENS = 36
 SHAPE = {"dim": 16, "n_layer": 2, "n_head": 2, "multiple_of": 16, "vocab_size": 64, "num_classes": 5}
@@ -120,6 +121,7 @@ def test_recorded_steps(model, monkeypatch):
     args = ["--cuda-graphs", "--tokens", str(TOKENS), "--steps", "8", "--whole-image", "--caches"]
     args = benchmark.arguments([*args, "dense", "adsa-12", "adsa-20-renew4"])
     tapes, timed = [], []
+    operations_alone(monkeypatch)
     monkeypatch.setattr(decoders, "RecordedSteps", partial(RecordedSteps, recorder=recorder(tapes)))
     monkeypatch.setattr(decoders.Clock, "seconds", lambda clock: timed.append(len(tapes)) or [1.0] * 8)
     for decoder in benchmark.decoders(model, args):
@@ -209,7 +211,8 @@ def test_quantised(tiny, tmp_path):
     for row in record["rows"]:
         need = row["turns"]["0"]["demand"]
         int8 = row["cache"].endswith("int8")
-        assert need["weight_bytes"] == (products + 2 * (scales + norms) if int8 else 2 * (products + norms))
+        size = 2 if multiplies(torch.int8) is None else 4  # of a scale
+        assert need["weight_bytes"] == (products + size * scales + 2 * norms if int8 else 2 * (products + norms))
         attended = 13 if "adsa" in row["cache"] else 1 + (33 + 36) / 2
         assert need["kv_bytes"] == pytest.approx(2 * 2 * 2 * 16 * attended * 2)
         assert need["flops"] == pytest.approx(2 * 2 * products + 4 * 2 * 2 * 16 * attended)

@@ -89,6 +89,8 @@ def test_swiglu(kernels, dtype):
     both = 4 * numbers(kernels, 3, 2, 700, dtype=dtype)
     gate, up = both[..., :350], both[..., 350:]
     close(kernels, kernels.swiglu(gate, up), F.silu(gate) * up)
+    large = torch.tensor([-300.0, -80, -20, 0, 20, 80, 300]).to(gate)
+    close(kernels, kernels.swiglu(large, torch.ones_like(large)), F.silu(large))
 
 
 @BOTH
@@ -132,8 +134,11 @@ def test_loops_refuse_what_they_cannot_read():
         lambda: found.rms_norm(x, torch.ones(9), 1e-5),
         lambda: found.rope(x, table),
         lambda: found.rope(x.bfloat16(), table[:3]),
+        lambda: found.rope(x, table[:3].double()),
+        lambda: found.rope(x[..., :7], table[:3]),
         lambda: found.swiglu(x, x[..., :7]),
+        lambda: found.swiglu(x, x[:1]),
         lambda: found.swiglu(x, x.to("meta")),
     ):
-        with pytest.raises(ValueError, match=r"inputs must be|a table of"):
+        with pytest.raises(ValueError, match=r"(inputs|weights|the table) must be"):
             wrong()
