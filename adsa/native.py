@@ -64,7 +64,7 @@ def library(source: Path, **constants: int | str) -> ctypes.CDLL | None:
             failure = failure or error
     lines = str(getattr(failure, "stderr", None) or failure).strip().splitlines() or [type(failure).__name__]
     why = next((line for line in lines if "error" in line), lines[0])
-    _tell(why)
+    _tell(source.name, why)
     return None
 
 
@@ -88,11 +88,11 @@ def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype 
 
 
 @functools.cache
-def _tell(why: str) -> None:
-    """Once for each reason, and not for each source."""
+def _tell(name: str, why: str) -> None:
+    """Once, though there is more than one loops.cpp."""
     warnings.warn(
-        f"the project's C++ can't be compiled here, so that steps are slower: {why}. It needs g++, or another GCC that "
-        "CXX names, and a folder to write to, which XDG_CACHE_HOME may name; ADSA_KERNELS=0 does without",
+        f"{name} can't be compiled here, so that steps are slower: {why}. It needs g++, or another GCC that CXX "
+        "names, and a folder to write to, which XDG_CACHE_HOME may name; ADSA_KERNELS=0 does without",
         stacklevel=3,
     )
 

@@ -27,30 +27,30 @@ static inline float from_bfloat16(uint16_t x) {
     return load<float>(&bits);
 }
 
-// Rows of inputs as products take them.
-struct Float32 {
-    typedef float Number;
-    static constexpr int STEP = 1, AT_A_TIME = ROWS;
-    typedef Floats Weights, Sum;
-    const float* x;
+// Rows of inputs as products take them: here as they are, with sums of float32.
+template <class T>
+struct Plain {
+    typedef T Number;
+    typedef Floats Sum;
+    static constexpr int AT_A_TIME = ROWS;
+    const T* x;
     int64_t inputs;
-    Float32(const void* x, int64_t, int64_t inputs) : x(static_cast<const float*>(x)), inputs(inputs) {}
+    Plain(const void* x, int64_t, int64_t inputs) : x(static_cast<const T*>(x)), inputs(inputs) {}
     Sum none(int64_t) const { return Sum{}; }
-    void add(Sum& sum, const Weights& weights, int64_t row, int64_t k) const { sum += weights * x[row * inputs + k]; }
     Floats total(const Sum& sum) const { return sum; }
     float factor(int64_t) const { return 1; }
 };
 
-struct BFloat16 {
-    typedef uint16_t Number;
-    static constexpr int STEP = 2, AT_A_TIME = ROWS;
-    typedef Floats Sum;
-    const uint16_t* x;
-    int64_t inputs;
-    BFloat16(const void* x, int64_t, int64_t inputs) : x(static_cast<const uint16_t*>(x)), inputs(inputs) {}
-    Sum none(int64_t) const { return Sum{}; }
-    Floats total(const Sum& sum) const { return sum; }
-    float factor(int64_t) const { return 1; }
+struct Float32 : Plain<float> {
+    using Plain::Plain;
+    static constexpr int STEP = 1;
+    typedef Floats Weights;
+    void add(Sum& sum, const Weights& weights, int64_t row, int64_t k) const { sum += weights * x[row * inputs + k]; }
+};
+
+struct BFloat16 : Plain<uint16_t> {
+    using Plain::Plain;
+    static constexpr int STEP = 2;
 #ifdef __AVX512BF16__
     typedef __m512bh Weights;
     void add(Sum& sum, const Weights& weights, int64_t row, int64_t k) const {
@@ -171,7 +171,7 @@ static void last(int64_t many, const Format& rows, int64_t row, Rest... rest) {
 
 extern "C" {
 
-// x: [count, inputs]; out: [rows, outputs], of the same numbers; weights: blocks; scale: [outputs], or none.
+// x: [count, inputs]; out: [count, outputs], of the same numbers; weights: blocks; scale: [outputs], or none.
 void multiply(
     const void* x, const uint8_t* weights, const float* scale, void* out, int64_t count, int64_t inputs,
     int64_t outputs) {

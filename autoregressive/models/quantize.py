@@ -1,6 +1,7 @@
 """int8 weights: half of bf16's memory. A step of few rows waits for the weights, so that it is faster on a CPU.
 
-:func:`~autoregressive.models.packed.pack` puts the project's own products in their place, where there are any.
+:func:`~autoregressive.models.packed.pack` puts the project's own products in their place, where there are any: for
+these, activations are rounded to 16 bits.
 """
 
 import sys

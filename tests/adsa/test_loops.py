@@ -480,7 +480,7 @@ def test_where_nothing_compiles(source, fault, tmp_path, monkeypatch):
         fault
     ]
     native._tell.cache_clear()
-    with pytest.warns(UserWarning, match=f"C\\+\\+ can't be compiled.*{why}.*ADSA_KERNELS=0 does without"):
+    with pytest.warns(UserWarning, match=f"power.cpp can't be compiled.*{why}.*ADSA_KERNELS=0 does without"):
         assert native.library(source, EXPONENT=2) is None
     assert native.library(source, EXPONENT=2) is None
 

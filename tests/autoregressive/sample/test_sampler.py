@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from autoregressive.models.checkpoint import CheckpointError, read_state_dict, save_safetensors
-from autoregressive.models.packed import BlockedLinear
-from autoregressive.models.quantize import Int8Linear
+from autoregressive.models.loops import multiplies
 from autoregressive.models.recorded import RecordedSteps
 from autoregressive.sample import sampler
 from autoregressive.sample.options import ModelOptions, OptionError, Options
@@ -146,6 +145,6 @@ def test_precision_is_the_gpts_alone(tiny):
 def test_quantised_is_bf16_unless_told(tiny, precision, dtype):
     options = Options(model=model_options(tiny, precision=precision, quantize="int8"))
     gpt = Sampler(Blueprint(options.model, CPU), options, CPU).gpt
-    integers = [layer for layer in gpt.modules() if isinstance(layer, Int8Linear | BlockedLinear)]
-    assert {layer.weight.dtype for layer in integers} <= {torch.int8, torch.uint8} and integers
+    blocked = dtype == torch.bfloat16 and multiplies(torch.int8) is not None  # with scales of float32
+    assert {p.dtype for p in gpt.parameters()} == {dtype, *([torch.uint8, torch.float32] if blocked else [torch.int8])}
     assert gpt.tok_embeddings.weight.dtype == dtype
