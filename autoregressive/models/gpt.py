@@ -233,6 +233,10 @@ class Attention(nn.Module):
         kernels = kernels_for(qk)
         qk = apply_rope(qk, table) if kernels is None else kernels.rope(qk, table)
         q, k = qk.split(self.heads[:2], dim=2)
+        return self.resid_dropout(self.wo(self.mix(q, k, v, mask, cache)))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """Values by attention: ``[B, S, heads, D]`` each, queries and keys rotated, -> ``[B, S, dim]``."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, S, D]
         if cache is not None:
             out = cache.attend(q, k, v)
@@ -246,7 +250,7 @@ class Attention(nn.Module):
                 dropout_p=self.attn_dropout_p if self.training else 0.0,
                 enable_gqa=self.heads[0] != self.heads[1],
             )
-        return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
+        return out.transpose(1, 2).flatten(2)
 
 
 class TransformerBlock(nn.Module):

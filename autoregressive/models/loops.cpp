@@ -16,6 +16,7 @@
 constexpr int ROWS = LANES == 16 ? 8 : 2;  // at a time: their sums stay in registers
 constexpr int VECTORS = OUTPUTS / LANES;
 constexpr int64_t SMALL = 1 << 17;  // products that take no longer than waking another thread
+constexpr int64_t TOGETHER = 128;   // rows that go from product to product while a cache holds them
 
 static inline uint16_t to_bfloat16(float x) {
     const uint32_t bits = load<uint32_t>(&x);
@@ -169,6 +170,24 @@ static void last(int64_t many, const Format& rows, int64_t row, Rest... rest) {
     if constexpr (MANY > 1) last<MANY - 1>(many, rows, row, rest...);
 }
 
+// A token's heads, size numbers in all. to may be from.
+static inline void rotate(const Number* from, const float* angles, Number* to, int64_t size, int64_t dim) {
+    for (int64_t h = 0; h < size; h += dim)
+#pragma omp simd
+        for (int64_t n = 0; n < dim; n += 2) {
+            const float even = wide(from[h + n]), odd = wide(from[h + n + 1]);
+            to[h + n] = rounded(even * angles[n] - odd * angles[n + 1]);
+            to[h + n + 1] = rounded(odd * angles[n] + even * angles[n + 1]);
+        }
+}
+
+// Room for so many numbers, until this thread asks again.
+static Number* room(int64_t count) {
+    static thread_local std::vector<Number> numbers;
+    if (int64_t(numbers.size()) < count) numbers.resize(count);
+    return numbers.data();
+}
+
 extern "C" {
 
 // x: [count, inputs]; out: [count, outputs], of the same numbers; weights: blocks; scale: [outputs], or none.
@@ -211,16 +230,8 @@ void rope(
 #pragma omp parallel for collapse(2) schedule(static) if (rows * tokens * size > SMALL)
     for (int64_t r = 0; r < rows; r++)
         for (int64_t t = 0; t < tokens; t++) {
-            const Number* const from = x + r * row + t * token;
             Number* const to = out + (r * tokens + t) * size;
-            const float* const angles = table + t * dim;
-            for (int64_t h = 0; h < size; h += dim)
-#pragma omp simd
-                for (int64_t n = 0; n < dim; n += 2) {
-                    const float even = wide(from[h + n]), odd = wide(from[h + n + 1]);
-                    to[h + n] = rounded(even * angles[n] - odd * angles[n + 1]);
-                    to[h + n + 1] = rounded(odd * angles[n] + even * angles[n + 1]);
-                }
+            rotate(x + r * row + t * token, table + t * dim, to, size, dim);
         }
 }
 
@@ -230,6 +241,51 @@ void swiglu(const Number* gate, const Number* up, Number* out, int64_t count) {
     for (int64_t n = 0; n < count; n++) {
         const float x = wide(gate[n]), small = exponential(-std::abs(x));
         out[n] = rounded(wide(rounded((x < 0 ? x * small : x) / (1 + small))) * wide(up[n]));
+    }
+}
+
+// A block up to its attention. x: [rows, tokens, dim]; qkv: [rows, tokens, outputs], of which the first size ones are
+// rotated, heads of head_dim.
+void before_attention(
+    const Number* x, const Number* norm, const uint8_t* weights, const float* scale, const float* table, Number* qkv,
+    int64_t rows, int64_t tokens, int64_t dim, int64_t outputs, int64_t size, int64_t head_dim, float eps) {
+    const int64_t all = rows * tokens;
+    Number* const normed = room(std::min(all, TOGETHER) * dim);
+    for (int64_t first = 0; first < all; first += TOGETHER) {
+        const int64_t many = std::min(all - first, TOGETHER);
+        rms_norm(x + first * dim, norm, normed, many, dim, eps);
+        multiply(normed, weights, scale, qkv + first * outputs, many, dim, outputs);
+    }
+#pragma omp parallel for schedule(static) if (all * size > SMALL)
+    for (int64_t t = 0; t < all; t++) {
+        Number* const token = qkv + t * outputs;
+        rotate(token, table + t % tokens * head_dim, token, size, head_dim);
+    }
+}
+
+// A block from its attention on. x, attended, out: [rows, dim]. Weights: of the FFN, [hidden, dim], but the last ones.
+void after_attention(
+    const Number* x, const Number* attended, const uint8_t* wo, const float* wo_scale, const Number* norm,
+    const uint8_t* w1, const float* w1_scale, const uint8_t* w3, const float* w3_scale, const uint8_t* w2,
+    const float* w2_scale, Number* out, int64_t rows, int64_t dim, int64_t hidden, float eps) {
+    const int64_t most = std::min(rows, TOGETHER);
+    Number *const normed = room(most * (2 * dim + 2 * hidden)), *const made = normed + most * dim;
+    Number *const gate = made + most * dim, *const up = gate + most * hidden;
+    for (int64_t first = 0; first < rows; first += TOGETHER) {
+        const int64_t many = std::min(rows - first, TOGETHER), count = many * dim;
+        Number* const to = out + first * dim;
+        const auto add = [&](const Number* before) {
+#pragma omp simd
+            for (int64_t n = 0; n < count; n++) to[n] = rounded(wide(before[n]) + wide(made[n]));
+        };
+        multiply(attended + first * dim, wo, wo_scale, made, many, dim, dim);
+        add(x + first * dim);
+        rms_norm(to, norm, normed, many, dim, eps);
+        multiply(normed, w1, w1_scale, gate, many, dim, hidden);
+        multiply(normed, w3, w3_scale, up, many, dim, hidden);
+        swiglu(gate, up, gate, many * hidden);
+        multiply(gate, w2, w2_scale, made, many, hidden, dim);
+        add(to);
     }
 }
 }

@@ -7,6 +7,7 @@ take as long as it takes to start them. Results are rounded where theirs are, an
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,10 +16,19 @@ from torch import Tensor
 
 from adsa import native
 
+Weights = tuple[Tensor, Tensor | None]  # blocks, and scales of integers
+
 _OUTPUTS = 32  # of a block
 _FORMATS = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.int8: "Int8"}
 # What the functions of loops.cpp take, see :func:`adsa.native.functions`.
-_ARGUMENTS = {"multiply": "ppppiii", "rms_norm": "pppiif", "rope": "pppiiiiii", "swiglu": "pppi"}
+_ARGUMENTS = {
+    "multiply": "ppppiii",
+    "rms_norm": "pppiif",
+    "rope": "pppiiiiii",
+    "swiglu": "pppi",
+    "before_attention": "pp pp pp iiiiii f",
+    "after_attention": "ppp p p pp pp pp p iii f",
+}
 
 
 class Loops:
@@ -64,18 +74,26 @@ class Loops:
 
     def multiply(self, x: Tensor, blocks: Tensor, outputs: int, scale: Tensor | None = None) -> Tensor:
         """``[..., in]``, and :meth:`blocks` of weights -> ``[..., out]``, times ``scale``, float32 ``[out]``."""
-        inputs, stored = blocks.shape[1] * self.together, torch.uint8 if self.dtype == torch.int8 else self.dtype
+        inputs = blocks.shape[1] * self.together
         native.check("inputs", x, (*x.shape[:-1], inputs), self.takes)
-        native.check("weights", blocks, (-(-outputs // _OUTPUTS), blocks.shape[1], _OUTPUTS, self.together), stored)
-        if scale is not None:
-            native.check("scales", scale, (outputs,), torch.float32)
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], outputs)
-        scales = None if scale is None else scale.data_ptr()
         self._multiply(
-            x.data_ptr(), blocks.data_ptr(), scales, out.data_ptr(), x.numel() // inputs, inputs, outputs
+            x.data_ptr(), *self._weights((blocks, scale), inputs, outputs), out.data_ptr(), x.numel() // inputs,
+            inputs, outputs,
         )  # fmt: skip
         return out
+
+    def _weights(self, weights: Weights, inputs: int, outputs: int) -> tuple[int, int | None]:
+        """Where they lie, and their scales."""
+        blocks, scale = weights
+        stored = torch.uint8 if self.dtype == torch.int8 else self.dtype
+        shape = (-(-outputs // _OUTPUTS), inputs // self.together, _OUTPUTS, self.together)
+        native.check("weights", blocks, shape, stored)
+        if scale is None:
+            return blocks.data_ptr(), None
+        native.check("scales", scale, (outputs,), torch.float32)
+        return blocks.data_ptr(), scale.data_ptr()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As :class:`~autoregressive.models.gpt.RMSNorm`. ``x``: ``[..., dim]``; ``weight``: ``[dim]``, alike."""
@@ -108,6 +126,65 @@ class Loops:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
         self._swiglu(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+        return out
+
+    def before_attention(
+        self, x: Tensor, norm: Tensor, eps: float, weights: Weights, table: Tensor, heads: tuple[int, int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a :class:`~autoregressive.models.gpt.TransformerBlock`: norm, queries, keys and values, RoPE.
+
+        Args:
+            x: ``[B, S, dim]``.
+            norm: its weights, ``[dim]``.
+            eps: the norm's.
+            weights: of ``wqkv``.
+            table: float32 ``[S, D / 2, 2]``.
+            heads: of queries, of keys, and of values.
+
+        Returns:
+            ``[B, S, heads, D]`` each.
+        """
+        (batch, tokens, dim), head_dim = x.shape, 2 * table.shape[1]
+        native.check("inputs", x, (batch, tokens, dim), self.takes)
+        native.check("the table", table, (tokens, head_dim // 2, 2), torch.float32)
+        native.check("a norm's weights", norm, (dim,), self.takes)
+        x, table, outputs = x.contiguous(), table.contiguous(), sum(heads) * head_dim
+        qkv = x.new_empty(batch, tokens, sum(heads), head_dim)
+        self._before_attention(
+            x.data_ptr(), norm.data_ptr(), *self._weights(weights, dim, outputs), table.data_ptr(), qkv.data_ptr(),
+            batch, tokens, dim, outputs, sum(heads[:2]) * head_dim, head_dim, eps,
+        )  # fmt: skip
+        return qkv.split(heads, dim=2)
+
+    def after_attention(
+        self, x: Tensor, attended: Tensor, wo: Weights, norm: Tensor, eps: float, ffn: Sequence[Weights], hidden: int
+    ) -> Tensor:
+        """Of a :class:`~autoregressive.models.gpt.TransformerBlock`: all that follows.
+
+        Args:
+            x: what came into the block, ``[B, S, dim]``.
+            attended: what attention made of values, ``[B, S, dim]``.
+            wo: its weights.
+            norm: weights of the FFN's, ``[dim]``.
+            eps: the norm's.
+            ffn: weights of ``w1``, ``w3`` and ``w2``.
+            hidden: outputs of the first two.
+
+        Returns:
+            ``[B, S, dim]``.
+        """
+        dim = x.shape[-1]
+        for given in (x, attended):
+            native.check("inputs", given, x.shape, self.takes)
+        native.check("a norm's weights", norm, (dim,), self.takes)
+        x, attended = x.contiguous(), attended.contiguous()
+        out = torch.empty_like(x)
+        w1, w3, w2 = ffn
+        self._after_attention(
+            x.data_ptr(), attended.data_ptr(), *self._weights(wo, dim, dim), norm.data_ptr(),
+            *self._weights(w1, dim, hidden), *self._weights(w3, dim, hidden), *self._weights(w2, hidden, dim),
+            out.data_ptr(), x.numel() // dim, dim, hidden, eps,
+        )  # fmt: skip
         return out
 
 

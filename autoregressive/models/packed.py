@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from autoregressive.models.gpt import Transformer
-from autoregressive.models.loops import Loops, multiplies
+from adsa import LayerCache
+from autoregressive.models.gpt import Transformer, TransformerBlock
+from autoregressive.models.loops import Loops, Weights, multiplies
 from autoregressive.models.quantize import Int8Linear, replace_linear_layers
 
 
@@ -27,9 +28,40 @@ class BlockedLinear(nn.Module):
         scale = layer.scale.detach().float() if isinstance(layer, Int8Linear) else None
         self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
 
+    @property
+    def weights(self) -> Weights:
+        """As the loops take them."""
+        return self.weight, self.scale
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` of the layer's dtype -> ``[..., out]``."""
         return self.loops.multiply(x, self.weight, self.outputs, self.scale)
+
+
+class BlockedBlock(nn.Module):
+    """A :class:`TransformerBlock` for inference on a CPU: two calls of the project's own loops, and its attention.
+
+    Results are those of the block, to the last bit.
+
+    Args:
+        block: whose linear layers are all a :class:`BlockedLinear`. They, and its norms, become this block's.
+        loops: theirs.
+    """
+
+    def __init__(self, block: TransformerBlock, loops: Loops):
+        super().__init__()
+        self.loops = loops
+        self.attention_norm, self.attention = block.attention_norm, block.attention
+        self.ffn_norm, self.feed_forward = block.ffn_norm, block.feed_forward
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+        """As the block's."""
+        loops, attention, ffn, norm = self.loops, self.attention, self.feed_forward, self.attention_norm
+        qkv = loops.before_attention(x, norm.weight, norm.eps, attention.wqkv.weights, table, attention.heads)
+        attended, norm = attention.mix(*qkv, mask, cache), self.ffn_norm
+        weights = [layer.weights for layer in (ffn.w1, ffn.w3, ffn.w2)]
+        wo, hidden = attention.wo.weights, ffn.w1.outputs
+        return loops.after_attention(x, attended, wo, norm.weight, norm.eps, weights, hidden)
 
 
 class PackedLinear(nn.Module):
@@ -54,7 +86,7 @@ class PackedLinear(nn.Module):
 
 
 def pack(model: Transformer) -> Transformer:
-    """Put what multiplies fastest in place of every linear layer of the blocks, and of the head, integers or not.
+    """Put what is fastest in place of the blocks, and of every linear layer in them and for the head, integers or not.
 
     Args:
         model: with its weights loaded; changed in place. On a CPU it can't be trained, saved, moved or cast from then
@@ -63,7 +95,19 @@ def pack(model: Transformer) -> Transformer:
     Returns:
         The same model.
     """
-    return replace_linear_layers(model, _packed)
+    replace_linear_layers(model, _packed)
+    for index, block in enumerate(model.layers):
+        model.layers[index] = _joined(block)
+    return model
+
+
+def _joined(block: TransformerBlock) -> nn.Module:
+    attention, ffn = block.attention, block.feed_forward
+    if not all(isinstance(each, BlockedLinear) for each in (attention.wqkv, attention.wo, ffn.w1, ffn.w3, ffn.w2)):
+        return block
+    loops = attention.wqkv.loops
+    norms = block.attention_norm.weight, block.ffn_norm.weight
+    return BlockedBlock(block, loops) if all(norm.dtype == loops.takes for norm in norms) else block
 
 
 def _packed(layer: nn.Linear | Int8Linear) -> nn.Module:

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from adsa import CacheConfig, native
+from autoregressive.models import gpt
 from autoregressive.models import packed as module
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import ModelArgs, Transformer
 from autoregressive.models.loops import _FORMATS, _OUTPUTS, Loops, loops, multiplies
-from autoregressive.models.packed import BlockedLinear, PackedLinear, pack
+from autoregressive.models.packed import BlockedBlock, BlockedLinear, PackedLinear, pack
 from autoregressive.models.quantize import Int8Linear, quantize
 from autoregressive.models.rope import rope_table
 from tests.golden import fill_weights
@@ -39,6 +40,14 @@ def layer_of(dtype: torch.dtype, inputs: int, outputs: int) -> nn.Linear | Int8L
     with torch.no_grad():
         linear.weight.normal_(generator=torch.Generator().manual_seed(2))
     return Int8Linear(linear) if dtype == torch.int8 else linear.requires_grad_(False)
+
+
+def narrow_loops(dtype: torch.dtype, monkeypatch) -> Loops:
+    """As on a processor without AVX512."""
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "_capability", lambda: "AVX2")
+        source = Path(module.__file__).with_name("loops.cpp")
+        return Loops(native.library.__wrapped__(source, FORMAT=_FORMATS[dtype], OUTPUTS=_OUTPUTS), dtype)
 
 
 @pytest.fixture(params=["project's", "onednn's"])
@@ -128,12 +137,9 @@ def test_extremes(dtype):
 def test_narrower_vectors_and_fewer_instructions(dtype, rows, monkeypatch):
     """As on a processor without AVX512 and without products of bfloat16."""
     given, x = layer_of(dtype, 96, 70), torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
-    with monkeypatch.context() as patched:
-        patched.setattr(native, "_capability", lambda: "AVX2")
-        source = Path(module.__file__).with_name("loops.cpp")
-        narrow = Loops(native.library.__wrapped__(source, FORMAT=_FORMATS[dtype], OUTPUTS=_OUTPUTS), dtype)
-        layer = BlockedLinear(given, narrow)
-        assert_is_product(layer(x), x, given, layer)
+    narrow = narrow_loops(dtype, monkeypatch)
+    layer = BlockedLinear(given, narrow)
+    assert_is_product(layer(x), x, given, layer)
     wide, weight, table = loops(dtype), given.weight[0], rope_table(3, 24, cls_token_num=0)[:rows]
     eps = torch.finfo(dtype).eps
     for function, arguments in {
@@ -175,6 +181,43 @@ def test_wrong_inputs():
     with pytest.raises(ValueError, match=r"weights must be torch.float32 \[1, 40, 32, 1\]"):
         copy.deepcopy(layer).to(torch.bfloat16)(torch.zeros(2, 40))
     assert torch.equal(copy.deepcopy(layer)(torch.ones(1, 40)), layer(torch.ones(1, 40)))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 90])  # 2 rows of 90: more than go from product to product together
+@pytest.mark.parametrize("args", [{}, {"n_kv_head": 1}], ids=["mha", "gqa"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+@pytest.mark.parametrize("by", ["wide", "narrow"])
+def test_blocks(by, dtype, args, tokens, monkeypatch):
+    """Are what their layers, norms and operations make one after the other, to the last bit."""
+    if (found := multiplies(dtype)) is None:
+        pytest.skip("no such products here")
+    if by == "narrow":
+        if native._capability() != "AVX512" or dtype == torch.int8:
+            pytest.skip("these are the only vectors here")
+        found = narrow_loops(dtype, monkeypatch)
+    monkeypatch.setattr(module, "multiplies", lambda of: found if of == dtype else None)
+    monkeypatch.setattr(gpt, "kernels_for", lambda x: found)
+    model = model_of(**args).to(found.takes)
+    for name, weight in model.named_parameters():
+        weight.add_(1 if "norm" in name else 0)
+    block = copy.deepcopy(model.layers[1])
+    joined = pack(quantize(model) if dtype == torch.int8 else model).layers[1]
+    assert type(joined) is BlockedBlock
+    alone = copy.deepcopy(block)
+    alone.attention, alone.feed_forward = joined.attention, joined.feed_forward
+    x, table = torch.randn(2, tokens, 32).to(found.takes), rope_table(10, 16, cls_token_num=0)[:tokens]
+    before = x.clone()
+    for mask in (None, torch.ones(tokens, tokens, dtype=torch.bool)):
+        made = joined(x, table, mask)
+        assert made.equal(alone(x, table, mask))
+    assert x.equal(before) and made.shape == x.shape
+    assert joined(x[:0], table).shape == (0, tokens, 32)
+    with pytest.raises(ValueError, match=r"inputs must be"):
+        joined(x.double(), table)
+    with pytest.raises(ValueError, match=r"the table must be torch.float32"):
+        joined(x, table.double())
+    with pytest.raises(ValueError, match=r"a norm's weights must be"):
+        joined.double()(x, table)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
