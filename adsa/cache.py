@@ -105,17 +105,16 @@ class LayerCache:
             mask = self._condition_mask(q)
             self.insert_condition(k, v)
             return _fused_attention(q, k, v, mask)
-        if self.slots.selects or not self._weighs:
+        slots = self.slots
+        if slots.selects or not self._weighs:
             return self.attend_to(q, *self.update(k, v))
-        self.enter(k, v)
+        self._admit(k.shape[2])
         self._note(q)
-        slots, compares = self.slots, self.slots.compares(self.rows)
-        if compares:
-            slots.join(self.rows)
+        compares = slots.compares(self.rows)
         parts = (*slots.stored_k.parts, *slots.stored_v.parts)
         graded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *parts))
-        looped = slots.loops is not None and slots.attention is None and not graded
-        out = self._looped(q, compares) if looped else self._read_once(q, compares)
+        looped = slots.loops is not None and not graded
+        out = (self._looped if looped else self._read_once)(q, k, v, compares)
         if compares:
             slots.compared(self.rows)
         return out
@@ -203,15 +202,19 @@ class LayerCache:
             ValueError: for too many tokens at once, before the condition, beyond ``max_tokens``, or if the layers
                 don't take their tokens in step.
         """
-        slots, tokens = self.slots, k.shape[2]
-        most = 1 if slots.order is None else slots.order.width
+        self._admit(k.shape[2])
+        self._write(k, v)
+
+    def _admit(self, tokens: int) -> None:
+        """Find slots for so many tokens, or raise as :meth:`enter`."""
+        most = 1 if self.slots.order is None else self.slots.order.width
         if not self._has_condition or not 1 <= tokens <= most:
             raise ValueError(
                 f"update takes {'one image token' if most == 1 else f'up to {most} image tokens'} at a time, after the "
-                f"condition's {slots.condition_tokens}; these are {tokens}, "
+                f"condition's {self.slots.condition_tokens}; these are {tokens}, "
                 f"{'after' if self._has_condition else 'before'} it"
             )
-        self._take(k, v)
+        self._advance(tokens)
 
     def insert(self, k: Tensor, v: Tensor) -> None:
         """Take in image tokens that are known beforehand, as :meth:`update` one after the other would.
@@ -233,16 +236,19 @@ class LayerCache:
                 "and into a cache of one layer"
             )
         for one_k, one_v in zip(k.split(1, dim=2), v.split(1, dim=2), strict=True):
-            self._take(one_k, one_v)
+            self._advance(1)
+            self._write(one_k, one_v)
 
-    def _take(self, k: Tensor, v: Tensor) -> None:
-        """Image tokens that come in at once, ``[B, H, S, D]``."""
-        slots, rows = self.slots, self.rows
+    def _advance(self, tokens: int) -> None:
         if self.layer == 0:
-            slots.advance(k.shape[2])
-        self.count += k.shape[2]
-        if self.count != slots.count:
-            raise ValueError(f"layer {self.layer} has {self.count} image tokens, and the first one {slots.count}")
+            self.slots.advance(tokens)
+        self.count += tokens
+        if self.count != self.slots.count:
+            raise ValueError(f"layer {self.layer} has {self.count} image tokens, and the first one {self.slots.count}")
+
+    def _write(self, k: Tensor, v: Tensor) -> None:
+        """Image tokens that come in at once, ``[B, H, S, D]``, into the slots that were found."""
+        slots, rows = self.slots, self.rows
         for index, slot in enumerate(slots.targets):
             for store, x in ((slots.stored_k, k), (slots.stored_v, v)):
                 x = x[:, :, index : index + 1]
@@ -287,19 +293,35 @@ class LayerCache:
         bias = None if slots.bias is None else slots.bias[..., : index.shape[2]]  # image slots all have bias 0
         return slots.stored_k.pick(index), slots.stored_v.pick(index), bias
 
-    def _looped(self, q: Tensor, compares: bool) -> Tensor:
-        """Attention to all that is here by a CPU's loops; similarities as well, if it ``compares``."""
-        slots, rows = self.slots, self.rows
-        scaled = q.unflatten(1, (slots.stored_k.heads, -1)).float() * q.shape[-1] ** -0.5  # [B, H, Hq / H, S, D]
+    def _looped(self, q: Tensor, k: Tensor, v: Tensor, compares: bool) -> Tensor:
+        """Tokens into their slots, and attention to all that is here, by a CPU's loops; with similarities, if it
+        ``compares``."""
+        slots, rows, new, weights = self.slots, self.rows, None, None
+        if k.shape[2] == 1:
+            new = slots.written(k, v, rows)
+        else:
+            self._write(k, v)
         keys, values, bias = slots.as_written(rows)
         if (bias := self._hiding(bias, rows)) is not None:
             bias = bias.float()
-        out = slots.loops.attend(scaled, keys, values, bias, slots.comparison(rows) if compares else None)
-        return out.flatten(1, 2).to(q.dtype)
+        if slots.attention is not None:
+            weights = q.new_empty(
+                slots.batch, slots.groups, q.shape[2], slots.reach - slots.condition_slots, dtype=torch.float32
+            )
+        comparison = slots.comparison(rows) if compares else None
+        out = slots.loops.attend(
+            q, keys, values, bias, first=slots.condition_slots, new=new, comparison=comparison, weights=weights
+        )
+        if weights is not None:
+            self._note_weights(weights, None, rows)
+        return out
 
-    def _read_once(self, q: Tensor, compares: bool) -> Tensor:
-        """As :meth:`_looped`, by PyTorch's operations, and of any number of tokens."""
+    def _read_once(self, q: Tensor, k: Tensor, v: Tensor, compares: bool) -> Tensor:
+        """As :meth:`_looped`, by PyTorch's operations."""
         slots = self.slots
+        self._write(k, v)
+        if compares:
+            slots.join(self.rows)
 
         def read(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
             rows = self._rows_of(part)
@@ -344,7 +366,9 @@ class LayerCache:
                 scores = scores + bias.unsqueeze(2)
             weights = scores.softmax(-1)  # [rows, H, Hq / H, S, C + N]
             if slots.attention is not None:
-                self._note_weights(weights, None if where is None else where[part], part)
+                seen = weights[..., slots.condition_slots :].sum(2)  # [rows, H, S, N]
+                seen = seen.sum(1, keepdim=True) if slots.groups == 1 else seen
+                self._note_weights(seen, None if where is None else where[part], self._rows_of(part))
             out = weights.flatten(2, 3).to(slots.wide) @ values.to(slots.wide)
             return out.unflatten(2, (shared, queries)).flatten(1, 2).to(q.dtype)
 
@@ -352,15 +376,11 @@ class LayerCache:
             return attended(slice(0, slots.batch))
         return slots.in_parts(attended, heads * length * q.shape[3], slots.batch, once=True)
 
-    def _note_weights(self, weights: Tensor, where: Tensor | None, part: slice) -> None:
-        """Put weights on record, ``[rows, H, Hq / H, S, C + N]`` of this part of the rows."""
-        slots, queries = self.slots, weights.shape[3]
-        seen = weights[..., slots.condition_slots :].sum(2)
-        if slots.groups == 1:
-            seen = seen.sum(1, keepdim=True)
-        rows = self._rows_of(part)
-        for index, of_query in enumerate(seen.unbind(2)):
-            slots.attention.add(slots.clock, queries - index, of_query, where, rows)
+    def _note_weights(self, weights: Tensor, where: Tensor | None, rows: slice) -> None:
+        """Put weights on record, ``[rows, G, S, N]``."""
+        queries = weights.shape[2]
+        for index, of_query in enumerate(weights.unbind(2)):
+            self.slots.attention.add(self.slots.clock, queries - index, of_query, where, rows)
 
     def _condition_mask(self, q: Tensor) -> Tensor | None:
         """bool ``[B, 1, T, T]``: causal, padding seen by nobody but itself. None if there is nothing to mask."""

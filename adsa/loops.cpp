@@ -13,7 +13,9 @@ static_assert(VECTORS % 2 == 0, "vectors are read two at a time");
 typedef int16_t Shorts __attribute__((vector_size(2 * LANES), aligned(1)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1)));
 
-// A head's vector. Where PAIRED, every two of them hold 2 * LANES numbers, the even ones and then the odd ones: so they
+namespace {  // of this library alone: others in the process have another D, or another FORMAT
+
+// A head's vector. A format's BYTES are those of its parts. Where PAIRED, every two of them hold 2 * LANES numbers, the even ones and then the odd ones: so they
 // come out of memory without being put in order, and products don't care.
 struct Wide {
     Floats x[VECTORS];
@@ -28,6 +30,7 @@ static inline float from_half(uint16_t bits) {
 
 struct Float32 {
     static constexpr bool PAIRED = false;
+    static constexpr int64_t BYTES[] = {4 * D};
     const float* x;
     Float32(const void* const* parts) : x(static_cast<const float*>(parts[0])) {}
     Wide operator[](int64_t slot) const { return load<Wide>(x + slot * D); }
@@ -35,6 +38,7 @@ struct Float32 {
 
 struct BFloat16 {
     static constexpr bool PAIRED = true;
+    static constexpr int64_t BYTES[] = {2 * D};
     const uint16_t* x;
     BFloat16(const void* const* parts) : x(static_cast<const uint16_t*>(parts[0])) {}
     Wide operator[](int64_t slot) const {
@@ -50,6 +54,7 @@ struct BFloat16 {
 
 struct Int8 {
     static constexpr bool PAIRED = true;
+    static constexpr int64_t BYTES[] = {D, 2};
     const int8_t* codes;
     const uint16_t* steps;
     Int8(const void* const* parts)
@@ -69,6 +74,7 @@ struct Int8 {
 struct Int4 {
     static constexpr bool PAIRED = true;
     static constexpr int GROUP = 32;
+    static constexpr int64_t BYTES[] = {D / 2, D / GROUP * 2, D / GROUP * 2};
     const uint8_t* pairs;
     const uint16_t *lows, *steps;
     Int4(const void* const* parts)
@@ -89,6 +95,8 @@ struct Int4 {
 };
 
 using Format = FORMAT;
+
+}  // namespace
 
 // Where number d of a vector lies in a Wide.
 static inline int place(int d) {
@@ -194,54 +202,127 @@ static inline float exponentials(float* score, const float* bias, int64_t count)
     return all;
 }
 
+// Of a query's numbers, or of an output's, which are float32 or bfloat16.
+static inline Wide query(const void* q, bool half, int64_t at, float scale) {
+    float x[D];
+    const auto* const narrow = static_cast<const uint16_t*>(q) + at;
+    if (half)
+        for (int d = 0; d < D; d++) x[d] = from_bfloat16(narrow[d]) * scale;
+    else
+        for (int d = 0; d < D; d++) x[d] = static_cast<const float*>(q)[at + d] * scale;
+    return arranged(x);
+}
+
+static inline void put_out(void* out, bool half, int64_t at, const Wide& mix, float divisor) {
+    float x[D];
+    std::memcpy(x, &mix, sizeof x);
+    auto* const narrow = static_cast<uint16_t*>(out) + at;
+    if (half)
+        for (int d = 0; d < D; d++) narrow[d] = to_bfloat16(x[place(d)] / divisor);
+    else
+        for (int d = 0; d < D; d++) static_cast<float*>(out)[at + d] = x[place(d)] / divisor;
+}
+
+// Vector number `from` of new ones becomes vector number `to` of these.
+static inline void copy(void* const* parts, int64_t to, const void* const* made, int64_t from) {
+    for (size_t part = 0; part < std::size(Format::BYTES); part++) {
+        const int64_t bytes = Format::BYTES[part];
+        std::memcpy(static_cast<char*>(parts[part]) + to * bytes, static_cast<const char*>(made[part]) + from * bytes, bytes);
+    }
+}
+
+// Unit vectors of some heads' tokens, one from each, enter the total [heads, D]. slot, head: as of a format.
+static inline void count_one(
+    const Format& features, int64_t slot, int64_t head, int64_t heads, float* total, float* inverse_norm) {
+    float square = 0;
+    for (int64_t h = 0; h < heads; h++) {
+        const Wide one = features[slot + h * head];
+        square += sum(products(one, one));
+    }
+    const float inverse = square > 0 ? 1 / std::sqrt(square) : 0;
+    *inverse_norm = inverse;
+    for (int64_t h = 0; h < heads; h++) {
+        const Wide one = features[slot + h * head];
+        float mine[D], *const sums = total + h * D;
+        std::memcpy(mine, &one, sizeof mine);
+        for (int d = 0; d < D; d++) sums[d] += mine[place(d)] * inverse;
+    }
+}
+
 extern "C" {
 
-// q, out: [rows, heads, shared, queries, D]. Keys and values of row r, head h: count slots from r * row + h * head on.
-// Added to their scores: bias[r * bias_row + h * bias_head + q * bias_query + n], if there is a bias. Where similarities [rows, groups, count -
-// first] are wanted: total [rows, heads, D], inverse_norm [rows, groups, norms]; slots from the first one on.
+// Each row r, and group of heads, in turn:
+//
+// 1. If there are new keys: those of head h, vectors r * new_row + h * new_head of the new parts, go with the values into
+//    slot slots[r * groups + g], or where there are no slots, into slot `at`; counted from the first one on. Where
+//    similarities are wanted, the unit vector of key (of_keys) or value enters total [rows, heads, D].
+// 2. Attention. q: query s of head h of row r begins at r * q_row + h * q_head + s * q_query, in numbers; those of one head
+//    of keys follow each other. out: [rows, queries, heads * shared, D], like q bfloat16 (half) or float32. Keys and values
+//    of row r, head h: count slots from r * row + h * head on. Added to their scores, q times scale: bias[r * bias_row + h *
+//    bias_head + s * bias_query + n], if there is a bias.
+// 3. If they are wanted: weights that each query's attention gives to slots from the first one on, [rows, groups, queries,
+//    count - first]; similarities of these slots to all that is counted, [rows, groups, count - first], by the inverse
+//    norms [rows, groups, norms].
 void attend(
-    const float* q, float* out, int64_t rows, int64_t heads, int64_t shared, int64_t queries, int64_t count,
-    int64_t row, int64_t head, const void* const* key_parts, const void* const* value_parts, const float* bias,
-    int64_t bias_row, int64_t bias_head, int64_t bias_query, float* similarities, int64_t of_keys, int64_t groups, int64_t first, const float* total,
-    const float* inverse_norm, int64_t norms, float scale, float tie) {
-    const Format keys(key_parts), values(value_parts);
-    const int64_t together = heads / groups, compared = count - first;
+    const void* q, int64_t half, int64_t q_row, int64_t q_head, int64_t q_query, float scale, void* out, int64_t rows,
+    int64_t heads, int64_t shared, int64_t queries, int64_t groups, int64_t count, int64_t first, int64_t row,
+    int64_t head, void* const* key_parts, void* const* value_parts, const float* bias, int64_t bias_row,
+    int64_t bias_head, int64_t bias_query, const void* const* new_keys, const void* const* new_values, int64_t new_row,
+    int64_t new_head, const int64_t* slots, int64_t at, float* weights, float* similarities, int64_t of_keys,
+    float* total, float* inverse_norm, int64_t norms, float tie) {
+    const Format keys(key_parts), values(value_parts), &features = of_keys ? keys : values;
+    const int64_t together = heads / groups, after = count - first;
+    const float steps = 1 / (std::max<int64_t>(1, after) * double(tie));
 #pragma omp parallel
     {
-        std::vector<float> room(2 * (count + LANES) + compared);
+        std::vector<float> room(2 * (count + LANES) + after);
         float *const score = room.data(), *const dots = score + count + LANES, *const all_dots = dots + count + LANES;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t r = 0; r < rows; r++)
             for (int64_t g = 0; g < groups; g++) {
-                std::fill(all_dots, all_dots + compared, 0.f);
-                for (int64_t h = g * together; h < (g + 1) * together; h++) {
+                const int64_t group = r * groups + g, begin = g * together, end = begin + together;
+                if (new_keys) {
+                    const int64_t slot = slots ? slots[group] : at;
+                    for (int64_t h = begin; h < end; h++) {
+                        const int64_t to = r * row + h * head + first + slot, from = r * new_row + h * new_head;
+                        copy(key_parts, to, new_keys, from);
+                        copy(value_parts, to, new_values, from);
+                    }
+                    if (similarities)
+                        count_one(
+                            features, r * row + begin * head + first + slot, head, together,
+                            total + (r * heads + begin) * D, inverse_norm + group * norms + slot);
+                }
+                float* const seen = weights ? weights + group * queries * after : nullptr;
+                if (seen) std::fill(seen, seen + queries * after, 0.f);
+                std::fill(all_dots, all_dots + after, 0.f);
+                for (int64_t h = begin; h < end; h++) {
                     const int64_t slot = r * row + h * head;
                     const Wide other = similarities ? arranged(total + (r * heads + h) * D) : Wide{};
                     for (int64_t s = 0; s < shared * queries; s++) {
-                        const int64_t at = ((r * heads + h) * shared * queries + s) * D;
-                        const Wide query = arranged(q + at);
+                        const int64_t which = s / queries, number = s % queries;
+                        const Wide mine =
+                            query(q, half, r * q_row + (h * shared + which) * q_head + number * q_query, scale);
                         const bool compares = similarities && s == 0;
                         in_blocks(count, [&](int64_t n, auto many) {
-                            multiply_block(keys, slot + n, many, query, score + n);
+                            multiply_block(keys, slot + n, many, mine, score + n);
                             if (compares && of_keys) multiply_block(keys, slot + n, many, other, dots + n);
                         });
-                        const int64_t added = r * bias_row + h * bias_head + s % queries * bias_query;
+                        const int64_t added = r * bias_row + h * bias_head + number * bias_query;
                         const float all = exponentials(score, bias ? bias + added : bias, count);
                         const Wide mix = compares && !of_keys ? mixed<true>(values, slot, count, score, other, dots)
                                                               : mixed<false>(values, slot, count, score, other, dots);
-                        float mine[D];
-                        std::memcpy(mine, &mix, sizeof mine);
-                        for (int d = 0; d < D; d++) out[at + d] = mine[place(d)] / all;
+                        put_out(out, half, ((r * queries + number) * heads * shared + h * shared + which) * D, mix, all);
+                        if (seen)
+                            for (int64_t n = 0; n < after; n++) seen[number * after + n] += score[first + n] / all;
                     }
                     if (similarities)
-                        for (int64_t n = 0; n < compared; n++) all_dots[n] += dots[first + n];
+                        for (int64_t n = 0; n < after; n++) all_dots[n] += dots[first + n];
                 }
-                if (similarities) {
-                    float* const found = similarities + (r * groups + g) * compared;
-                    const float* const norm = inverse_norm + (r * groups + g) * norms;
-                    for (int64_t n = 0; n < compared; n++)
-                        found[n] = std::nearbyint(all_dots[n] * norm[n] * scale) * tie;
-                }
+                if (similarities)
+                    for (int64_t n = 0; n < after; n++)
+                        similarities[group * after + n] =
+                            std::nearbyint(all_dots[n] * inverse_norm[group * norms + n] * steps) * tie;
             }
     }
 }
@@ -255,33 +336,22 @@ void count_in(
 #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t r = 0; r < rows; r++)
         for (int64_t g = 0; g < groups; g++) {
-            const int64_t slot = slots ? slots[r * groups + g] : at;
-            float square = 0;
-            for (int64_t h = g * together; h < (g + 1) * together; h++) {
-                const Wide one = features[r * row + h * head + slot];
-                square += sum(products(one, one));
-            }
-            const float inverse = square > 0 ? 1 / std::sqrt(square) : 0;
-            inverse_norm[(r * groups + g) * norms + slot] = inverse;
-            for (int64_t h = g * together; h < (g + 1) * together; h++) {
-                const Wide one = features[r * row + h * head + slot];
-                float mine[D], *const sums = total + (r * heads + h) * D;
-                std::memcpy(mine, &one, sizeof mine);
-                for (int d = 0; d < D; d++) sums[d] += mine[place(d)] * inverse;
-            }
+            const int64_t slot = slots ? slots[r * groups + g] : at, h = g * together;
+            count_one(
+                features, r * row + h * head + slot, head, together, total + (r * heads + h) * D,
+                inverse_norm + (r * groups + g) * norms + slot);
         }
 }
 
-// A token of each row and head goes into slots [rows, groups]. bytes: of its vector; from_row, from_head: in bytes.
+// A token of each row and head goes into slots [rows, groups]: vectors r * new_row + h * new_head of the new parts.
 void put(
-    char* to, int64_t bytes, int64_t rows, int64_t heads, int64_t row, int64_t head, int64_t groups,
-    const int64_t* slots, const char* from, int64_t from_row, int64_t from_head) {
+    void* const* parts, int64_t rows, int64_t heads, int64_t row, int64_t head, int64_t groups, const int64_t* slots,
+    const void* const* made, int64_t new_row, int64_t new_head) {
 #pragma omp parallel for collapse(2) schedule(static) if (rows * heads > 256)
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t h = 0; h < heads; h++) {
-            const int64_t slot = slots[r * groups + h / (heads / groups)];
-            std::memcpy(to + (r * row + h * head + slot) * bytes, from + r * from_row + h * from_head, bytes);
-        }
+        for (int64_t h = 0; h < heads; h++)
+            copy(
+                parts, r * row + h * head + slots[r * groups + h / (heads / groups)], made, r * new_row + h * new_head);
 }
 
 // The largest weight that any of q [rows, heads, queries, D] gives to each slot from the first one on: most [rows, heads,
@@ -361,21 +431,25 @@ void nearest(
 // Of each row of scores and of arrivals [rows, count], the slot that adsa.slots ranks first among those that may leave.
 void least_worthy(
     const float* score, const int32_t* arrivals, int64_t rows, int64_t count, int64_t arrivals_row,
-    const int32_t* number, int64_t prefix, int64_t local, float largest, float fraction, int64_t bits, int64_t* found) {
+    const int32_t* number, int64_t prefix, int64_t local, float largest, float fraction, int64_t* found) {
     const int64_t stay = *number - local;
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         const float* const mine = score + r * count;
         const int32_t* const arrival = arrivals + r * arrivals_row;
-        int64_t least = INT64_MAX;
+        const auto steps = [&](int64_t n) {  // of the order of scores; those of tokens that stay come last
+            const float rounded = std::nearbyint(std::min(std::max(mine[n], -largest), largest) * fraction);
+            return arrival[n] > stay ? INFINITY : rounded;
+        };
+        float least = INFINITY;
+        int32_t first = INT32_MAX, slot = 0;
 #pragma omp simd reduction(min : least)
-        for (int64_t n = prefix; n < count; n++) {
-            const float steps = std::nearbyint(std::min(std::max(mine[n], -largest), largest) * fraction);
-            const int64_t rank = int64_t(steps) * (int64_t(1) << bits) + arrival[n];
-            least = std::min(least, arrival[n] > stay ? INT64_MAX : rank);
-        }
-        const int64_t leaves = least & ((int64_t(1) << bits) - 1);
-        found[r] = std::min<int64_t>(count - 1, std::find(arrival, arrival + count, leaves) - arrival);
+        for (int64_t n = prefix; n < count; n++) least = std::min(least, steps(n));
+#pragma omp simd reduction(min : first)
+        for (int64_t n = prefix; n < count; n++) first = std::min(first, steps(n) == least ? arrival[n] : INT32_MAX);
+#pragma omp simd reduction(max : slot)
+        for (int64_t n = prefix; n < count; n++) slot = std::max(slot, arrival[n] == first ? int32_t(n) : 0);
+        found[r] = slot;
     }
 }
 }

@@ -22,12 +22,12 @@ _INTEGERS = {"int8": "Int8", "int4": "Int4"}
 _PLAIN = {torch.float32: "Float32", torch.bfloat16: "BFloat16"}
 # What the functions of loops.cpp take, see :func:`adsa.native.functions`.
 _ARGUMENTS = {
-    "attend": "pp iiiii ii pp piii p iii pp i ff",
+    "attend": "piiiif p iiiii ii ii pp piii pp ii pi pp ipp i f",
     "count_in": "p ii ii i pi ppi",
-    "put": "p iii ii i p pii",
+    "put": "p ii ii i p p ii",
     "most_weight": "pp iiii ii p pii i",
     "nearest": "p iii ii i pi pf pp",
-    "least_worthy": "pp iii p ii ff i p",
+    "least_worthy": "pp iii p ii ff p",
 }
 
 
@@ -41,7 +41,7 @@ class Loops:
     """
 
     def __init__(self, library: ctypes.CDLL, written: str, dim: int):
-        self._made_of = written, dim
+        self._made_of, self._dim = (written, dim), dim
         for name, function in native.functions(library, _ARGUMENTS).items():
             setattr(self, f"_{name}", function)
 
@@ -53,45 +53,65 @@ class Loops:
         q: Tensor,
         keys: Parts,
         values: Parts,
-        bias: Tensor | None,
+        bias: Tensor | None = None,
+        *,
+        first: int = 0,
+        new: tuple[int | Tensor, Parts, Parts] | None = None,
         comparison: tuple[bool, Tensor, Tensor, Tensor] | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one query or more in each head, and :meth:`adsa.similarity.RunningSimilarity.score`.
+        """A token comes in; attention; weights and :meth:`adsa.similarity.RunningSimilarity.score`, where wanted.
 
         Args:
-            q: float32 ``[R, H, Hq / H, S, D]``, scaled.
+            q: ``[R, Hq, S, D]``, numbers of a vector without gaps.
             keys, values: as the codec wrote them, ``[R, H, C + N, n]`` each, some slots of tensors without gaps.
             bias: added to scores, float32 ``[1 or R, 1 or H, 1 or S, C + N]``, or None.
+            first: C.
+            new: the token's slot, counted from C on, int64 ``[R, G, 1]``, or one for all; and as the codec wrote them
+                its keys and values, ``[R, H, 1, n]`` each. None: it is here already.
             comparison: whether keys are compared, and not values; ``total`` ``[R, H, D]`` and ``inverse_norm``
-                ``[R, G, N or more]`` of the RunningSimilarity; where similarities go to, float32 ``[R, G, N]``. None:
-                none are wanted.
+                ``[R, G, N or more]`` of the RunningSimilarity, among which a new token is counted; where similarities
+                go to, float32 ``[R, G, N]``. None: none are wanted.
+            weights: where weights go to, of heads together, float32 ``[R, G, S, N]``. None: none are wanted.
 
         Returns:
-            float32 ``[R, H, Hq / H, S, D]``.
+            ``[R, Hq, S, D]``, in the dtype of ``q``.
         """
-        q = q.contiguous()
-        (rows, heads, shared, queries, dim), count = q.shape, keys[0].shape[2]
+        rows, heads, count = keys[0].shape[:3]
+        queries, dim, after, given = q.shape[2], self._dim, count - first, q.dtype
+        shared = q.shape[1] // heads
         for parts in (keys, values):
             native.check("keys and values", parts[0], (rows, heads, count, parts[0].shape[3]))
         if _strides(keys) != _strides(values):
             raise ValueError("keys and values must lie alike")
-        native.check("queries", q, (rows, heads, shared, queries, self._made_of[1]), torch.float32)
-        out = torch.empty_like(q)
+        native.check("queries", q, (rows, heads * shared, queries, dim))
+        if given not in _PLAIN:
+            q = q.float()
+        q = q if q.stride(3) == 1 else q.contiguous()
+        out = q.new_empty(rows, queries, heads * shared, dim)
         of_keys, total, inverse_norm, similarities = comparison or (False, None, None, None)
-        groups, compared = (heads, 0) if similarities is None else similarities.shape[1:]
+        slot, new_keys, new_values = new or (0, (), ())
+        slots, slot = (None, slot) if isinstance(slot, int) else (slot.contiguous(), 0)
+        groups = next((found.shape[1] for found in (slots, similarities, weights) if found is not None), heads)
+        new_row = new_head = norms = 0
         if similarities is not None:
-            native.check("similarities", similarities, (rows, groups, compared), torch.float32)
+            norms = max(after, inverse_norm.shape[2])
+            native.check("similarities", similarities, (rows, groups, after), torch.float32)
             native.check("total", total, (rows, heads, dim), torch.float32)
-            native.check(
-                "inverse_norm", inverse_norm, (rows, groups, max(compared, inverse_norm.shape[2])), torch.float32
-            )
+            native.check("inverse_norm", inverse_norm, (rows, groups, norms), torch.float32)
+        if weights is not None:
+            native.check("weights", weights, (rows, groups, queries, after), torch.float32)
+        if slots is not None:
+            native.check("slots", slots, (rows, groups, 1), torch.int64)
+        if new is not None:
+            new_keys, new_values, new_row, new_head = _side_by_side(new_keys, new_values, keys)
         self._attend(
-            _at(q), _at(out), rows, heads, shared, queries, count, *_strides(keys), _all(keys), _all(values),
-            *_added(bias, rows, heads, queries, count), _at(similarities), of_keys, groups, count - compared,
-            _at(total), _at(inverse_norm), 0 if inverse_norm is None else inverse_norm.shape[2],
-            1 / (max(1, compared) * TIE_SINGLE), TIE_SINGLE,
+            _at(q), given == torch.bfloat16, *q.stride()[:3], dim**-0.5, _at(out), rows, heads, shared, queries, groups,
+            count, first, *_strides(keys), _all(keys), _all(values), *_added(bias, rows, heads, queries, count),
+            _all(new_keys), _all(new_values), new_row, new_head, _at(slots), slot, _at(weights), _at(similarities),
+            of_keys, _at(total), _at(inverse_norm), norms, TIE_SINGLE,
         )  # fmt: skip
-        return out
+        return out.transpose(1, 2).to(given)
 
     def count_in(self, features: Parts, slot: int | Tensor, total: Tensor, inverse_norm: Tensor) -> None:
         """:meth:`adsa.similarity.RunningSimilarity.add` of the tokens in these slots.
@@ -104,7 +124,7 @@ class Loops:
         (rows, heads, _), groups = total.shape, inverse_norm.shape[1]
         slots, at = (None, slot) if isinstance(slot, int) else (slot.contiguous(), 0)
         native.check("features", features[0], (rows, heads, *features[0].shape[2:]))
-        native.check("total", total, (rows, heads, self._made_of[1]), torch.float32)
+        native.check("total", total, (rows, heads, self._dim), torch.float32)
         native.check("inverse_norm", inverse_norm, (rows, groups, inverse_norm.shape[2]), torch.float32)
         if slots is not None:
             native.check("slots", slots, (rows, groups, 1), torch.int64)
@@ -123,14 +143,10 @@ class Loops:
         """
         slot, (rows, heads) = slot.contiguous(), parts[0].shape[:2]
         native.check("slots", slot, (rows, slot.shape[1], 1), torch.int64)
-        for to, x in zip(parts, new, strict=True):
-            native.check("a token's numbers", x, (rows, heads, 1, to.shape[3]), to.dtype)
-            x = x if x.stride(3) == 1 else x.contiguous()
-            size = x.element_size()
-            self._put(
-                _at(to), x.shape[3] * size, rows, heads, *_strides((to,)), slot.shape[1], _at(slot), _at(x),
-                x.stride(0) * size, x.stride(1) * size,
-            )  # fmt: skip
+        new, _, new_row, new_head = _side_by_side(new, new, parts)
+        self._put(
+            _all(parts), rows, heads, *_strides(parts), slot.shape[1], _at(slot), _all(new), new_row, new_head
+        )  # fmt: skip
 
     def most_weight(self, q: Tensor, keys: Parts, bias: Tensor | None, count: int) -> Tensor:
         """The largest weight that any query's attention gives to each of the last ``count`` slots.
@@ -146,7 +162,7 @@ class Loops:
         rows, heads, queries, _ = q.shape
         slots, most = keys[0].shape[2], q.new_empty(rows, heads, count)
         native.check("keys", keys[0], (rows, heads, slots, keys[0].shape[3]))
-        native.check("queries", q, (rows, heads, queries, self._made_of[1]), torch.float32)
+        native.check("queries", q, (rows, heads, queries, self._dim), torch.float32)
         self._most_weight(
             _at(q), _at(most), rows, heads, queries, slots, *_strides(keys), _all(keys),
             *_added(bias, rows, heads, 1, slots)[:3], slots - count,
@@ -186,14 +202,13 @@ class Loops:
         local: int,
         largest: float,
         fraction: float,
-        bits: int,
     ) -> Tensor:
         """The slot whose token is to leave, int64 ``[R, G, 1]``.
 
         Args:
             score: float32 ``[R, G, N]``.
             arrivals: int32 ``[R, G, N]``, a part of the slots of a tensor that has no gaps.
-            number, prefix, local, largest, fraction, bits: as of :func:`adsa.kernels.ranks`, whose clock is the number.
+            number, prefix, local, largest, fraction: as of :func:`adsa.kernels.ranks`, whose clock is the number.
         """
         score, (rows, groups, count) = score.contiguous(), arrivals.shape
         native.check("scores", score, (rows, groups, count), torch.float32)
@@ -201,7 +216,7 @@ class Loops:
         found = torch.empty_like(arrivals[..., :1], dtype=torch.int64, memory_format=torch.contiguous_format)
         self._least_worthy(
             _at(score), _at(arrivals), rows * groups, count, arrivals.stride(1), _at(number), prefix, local, largest,
-            fraction, bits, _at(found),
+            fraction, _at(found),
         )  # fmt: skip
         return found
 
@@ -233,8 +248,8 @@ def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _all(parts: Parts) -> ctypes.Array:
-    return (ctypes.c_void_p * len(parts))(*map(_at, parts))
+def _all(parts: Parts) -> ctypes.Array | None:
+    return (ctypes.c_void_p * len(parts))(*map(_at, parts)) if parts else None
 
 
 def _added(bias: Tensor | None, rows: int, heads: int, queries: int, count: int) -> tuple[int | None, int, int, int]:
@@ -245,6 +260,20 @@ def _added(bias: Tensor | None, rows: int, heads: int, queries: int, count: int)
     if bias.stride(3) != 1:
         raise ValueError("bias of neighbouring slots must be neighbours")
     return _at(bias), *bias.expand(rows, heads, queries, -1).stride()[:3]
+
+
+def _side_by_side(keys: Parts, values: Parts, stored: Parts) -> tuple[Parts, Parts, int, int]:
+    """A token's keys and values, and how many vectors lie from a row to the next, and from a head to the next."""
+    rows, heads = stored[0].shape[:2]
+    for made in (keys, values):
+        for x, to in zip(made, stored, strict=True):
+            native.check("a token's numbers", x, (rows, heads, 1, to.shape[3]), to.dtype)
+    row, head = _strides(keys)
+    if len(keys) == 1 and all(
+        x.stride() == (row * x.shape[3], head * x.shape[3], x.stride(2), 1) for x in (keys[0], values[0])
+    ):
+        return keys, values, row, head
+    return tuple(x.contiguous() for x in keys), tuple(x.contiguous() for x in values), heads, 1
 
 
 def _strides(parts: Parts) -> tuple[int, int]:

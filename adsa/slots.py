@@ -416,6 +416,12 @@ class Slots:
             to = store.as_written(first, first + self.capacity, rows)
             self.loops.put(to, slot[rows], store.codec.encode(x.to(store.dtype)))
 
+    def written(self, k: Tensor, v: Tensor, rows: slice) -> tuple[int | Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A token that comes in alone, ``[B, H, 1, D]`` for these rows, as :meth:`adsa.loops.Loops.attend` takes it."""
+        (slot,), stores = self.targets, (self.stored_k, self.stored_v)
+        keys, values = (store.codec.encode(x.to(store.dtype)) for store, x in zip(stores, (k, v), strict=True))
+        return slot if isinstance(slot, int) else slot[rows], keys, values
+
     def _fill(self, arrival: Tensor) -> Tensor:
         """Of a fixed cache: the next empty slot, and a note of those behind it. ``arrival``: int ``[1]``."""
         end = self.condition_slots + self._bound(self.filled + 1)
@@ -575,14 +581,13 @@ class Slots:
     def _least(self, score: Tensor, rows: slice) -> Tensor:
         """Of these rows the slots that may leave, the least worthy first: ``[rows, G, as many as are ranked]``."""
         score, arrivals = score[rows], self.arrivals[rows]
-        numbers = {"prefix": self.prefix, "local": self.local}
-        numbers |= {"largest": _LARGEST, "fraction": _FRACTION, "bits": ARRIVAL_BITS}
+        numbers = {"prefix": self.prefix, "local": self.local, "largest": _LARGEST, "fraction": _FRACTION}
         if self._loops_rank and score.dtype != torch.float64:
             return self.loops.least_worthy(score.float(), arrivals, self._number, **numbers)
         if self.fused and score.dtype == torch.float32 and not torch.compiler.is_compiling():
             from adsa import kernels  # needs Triton
 
-            ranks = kernels.ranks(score, arrivals, self._number, never=_NEVER, **numbers)
+            ranks = kernels.ranks(score, arrivals, self._number, never=_NEVER, bits=ARRIVAL_BITS, **numbers)
         else:
             ranks = _ranks(score, arrivals).add_(self.staying(rows), alpha=_NEVER)
         if self._ranking is None:

@@ -23,6 +23,16 @@ static inline T load(const void* at) {
     return value;
 }
 
+static inline uint16_t to_bfloat16(float x) {
+    const uint32_t bits = load<uint32_t>(&x);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static inline float from_bfloat16(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    return load<float>(&bits);
+}
+
 // Within 2 units in the last place; 0 below -87.
 static inline float exponential(float x) {
     const float n = std::nearbyint(std::max(x, -87.f) * 1.44269504f);

@@ -510,7 +510,8 @@ def breakdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
     return [
         "",
-        "Parts of a step in ms; they sum to the step, which the measuring makes longer:",
+        "Parts of a step in ms; they sum to the step, which the measuring makes longer. A CPU's loops write to the "
+        "cache, and compare, as they attend: that is attention.",
         "",
         markdown.table(columns, lines, right=len(columns) - 2),
     ]

@@ -478,6 +478,8 @@ class Stepper:
     def breakdown(self, steps: int) -> dict[str, float]:
         """Mean seconds of the parts of a step; they sum to the step, which the measuring itself makes longer.
 
+        A CPU's loops write to the cache, and compare, as they attend: that is attention here.
+
         Only where :attr:`Decoder.splits`.
         """
         names = ("advance", "chosen", "compare", "cache", "attend", "head", "step")
@@ -503,7 +505,7 @@ class Stepper:
         for each in slots:
             each.advance, each.chosen = timed("advance", each.advance), timed("chosen", each.chosen)
             each.multiply, each.compared = timed("compare", each.multiply), timed("compare", each.compared)
-        takes = "enter" if slots else "update"
+        takes = "_write" if slots else "update"
         for layer in self.kv.layers:
             setattr(layer, takes, timed("cache", getattr(layer, takes)))
             layer.attend = timed("attend", layer.attend)
@@ -525,8 +527,8 @@ class Stepper:
         spent = {name: sum(sum(clock.seconds()) for clock in clocks) / steps for name, clocks in spans.items()}
         return {
             "selection": spent["advance"] + spent["chosen"] + spent["compare"],
-            "cache writes": spent["cache"] - spent["advance"],
-            "attention": spent["attend"] - spent["cache"] - spent["chosen"] - spent["compare"],
+            "cache writes": spent["cache"],
+            "attention": spent["attend"] - spent["cache"] - spent["advance"] - spent["chosen"] - spent["compare"],
             "head and sampling": spent["head"],
             "projections and FFN": spent["step"] - spent["attend"] - spent["head"],
         }

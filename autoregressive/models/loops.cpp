@@ -18,15 +18,7 @@ constexpr int VECTORS = OUTPUTS / LANES;
 constexpr int64_t SMALL = 1 << 17;  // products that take no longer than waking another thread
 constexpr int64_t TOGETHER = 128;   // rows that go from product to product while a cache holds them
 
-static inline uint16_t to_bfloat16(float x) {
-    const uint32_t bits = load<uint32_t>(&x);
-    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-static inline float from_bfloat16(uint16_t x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    return load<float>(&bits);
-}
+namespace {  // of this library alone: others in the process have another FORMAT
 
 // Rows of inputs as products take them: here as they are, with sums of float32.
 template <class T>
@@ -126,6 +118,8 @@ struct Int8 {
 
 using Format = FORMAT;
 using Number = Format::Number;
+
+}  // namespace
 
 static inline float wide(Number x) {
     if constexpr (std::is_same_v<Number, float>) return x;

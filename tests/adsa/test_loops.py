@@ -15,7 +15,7 @@ from adsa import CacheConfig, KVCache, LayerCache, Order, native
 from adsa.loops import Loops, loops
 from adsa.policies import POLICIES
 from adsa.similarity import TIE_SINGLE, RunningSimilarity
-from adsa.slots import ARRIVAL_BITS, MOST_TOKENS, _ranks
+from adsa.slots import MOST_TOKENS, _ranks
 from adsa.storage import CODECS, Plain, Storage
 from tests.adsa.test_cache import TOKENS, B, H, config, stream
 
@@ -59,8 +59,7 @@ def called(monkeypatch):
         loop = getattr(Loops, name)
 
         def wrapper(self, *args, **kwargs):
-            compares = name == "attend" and len(args) > 4 and args[4] is not None
-            names.add("compare" if compares else name)
+            names.add("compare" if kwargs.get("comparison") else "weigh" if kwargs.get("weights") is not None else name)
             return loop(self, *args, **kwargs)
 
         return wrapper
@@ -108,9 +107,9 @@ def test_loops_change_nothing(called, cfg, monkeypatch):
     rule, evicts = cfg.rule, cfg.policy != "full" and cfg.mode == "evict"
     compares = rule.similarity_of is not None
     expected = {"attend": cfg.mode == "evict" and rule.attention_window is None}
-    expected["compare"] = expected["attend"] and evicts and compares
+    expected["weigh"] = evicts and rule.attention_window is not None
+    expected["compare"] = evicts and compares
     expected["count_in"] = cfg.policy != "full" and compares
-    expected["put"] = evicts
     expected["least_worthy"] = evicts and cfg.renewal == 1 and not cfg.merges
     expected["most_weight"] = rule.query_lines > 0
     expected["nearest"] = cfg.merges or rule.query_lines > 0
@@ -125,9 +124,9 @@ def test_other_caches(called, cfg, given, monkeypatch):
     (plain, kept), (found, left) = both(monkeypatch, cfg, **given)
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
     assert all(map(torch.equal, left, kept))
-    names = set() if cfg == FULL else {"count_in", "put"}
-    if "fixed" in given:
-        names = {"put"} if cfg == FULL else names | {"least_worthy"}
+    names = set() if cfg == FULL else {"count_in"}
+    if "fixed" in given and cfg != FULL:
+        names |= {"least_worthy"}
     assert called == names | {"attend"}
 
 
@@ -167,7 +166,7 @@ def test_by_its_definition(width, codec, dtype, joint, count, monkeypatch):
         store.write(condition + count // 2, torch.zeros(rows, heads, 1, dim))
     keys, values = (store.as_written(0, condition + count, mine) for store in stores)
     k, v = (store.read(0, condition + count, mine, torch.float32).double() for store in stores)
-    q = torch.randn(2, heads, shared, queries, dim) * dim**-0.5
+    q = torch.randn(2, queries, heads * shared, dim).transpose(1, 2)
     bias = torch.randn(2, heads, queries, condition + count + spare)[..., : condition + count]
     bias[1, ..., :3] = -torch.inf
     for of_keys, given in itertools.product((False, True), (bias, bias[:1, :1], bias[:, :1, :1], None)):
@@ -183,18 +182,67 @@ def test_by_its_definition(width, codec, dtype, joint, count, monkeypatch):
         torch.testing.assert_close(found.total[mine].double(), exact.total, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found.inverse_norm[mine, :, :count].double(), exact.inverse_norm)
         assert not found.total[0].any() and not found.total[3].any()
-        similar = torch.empty(2, groups, count)
+        similar, seen = torch.empty(2, groups, count), torch.empty(2, groups, queries, count)
         comparison = (of_keys, found.total[mine], found.inverse_norm[mine], similar)
-        out = loop.attend(q, keys, values, given, comparison)
-        scores = q.double() @ k.mT.unsqueeze(2) + (0 if given is None else given.unsqueeze(2))
-        torch.testing.assert_close(out.double(), scores.softmax(-1) @ v.unsqueeze(2), atol=1e-5, rtol=1e-4)
+        out = loop.attend(q, keys, values, given, first=condition, comparison=comparison, weights=seen)
+        scores = q.double().unflatten(1, (heads, shared)) * dim**-0.5 @ k.mT.unsqueeze(2)
+        weights = (scores + (0 if given is None else given.unsqueeze(2))).softmax(-1)  # [2, H, Hq / H, S, C + N]
+        torch.testing.assert_close(out.double(), (weights @ v.unsqueeze(2)).flatten(1, 2), atol=1e-5, rtol=1e-4)
+        weights = weights[..., condition:].sum((1, 2) if joint else 2).view_as(seen)
+        torch.testing.assert_close(seen.double(), weights, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(similar.double(), exact.score(features), atol=2 * TIE_SINGLE, rtol=0)
         assert loop.attend(q, keys, values, given).equal(out)
+        half = loop.attend(q.bfloat16(), keys, values, given)
+        assert half.dtype == torch.bfloat16
+        assert half.equal(loop.attend(q.bfloat16().float(), keys, values, given).bfloat16())
+        assert loop.attend(q.double(), keys, values, given).equal(out.double())
     slots, new = torch.randint(count, (2, groups, 1)), torch.randn(heads, 2, 1, dim).transpose(0, 1)
     mine_too, plain = (copy.deepcopy(stores[0]) for _ in range(2))
     loop.put(mine_too.as_written(condition, condition + count, mine), slots, codec.encode(new.to(dtype)))
     plain.put(condition + slots, new, mine)
     assert all(map(torch.equal, mine_too.parts, plain.parts))
+
+
+@needs_loops
+@pytest.mark.parametrize("lie", ["alike", "each in its way", "with gaps"])
+@pytest.mark.parametrize("slot", [4, "for each"])
+@pytest.mark.parametrize("joint", [False, True], ids=["head", "layer"])
+@pytest.mark.parametrize("of_keys", [False, True])
+@pytest.mark.parametrize("codec, dtype", FORMATS, ids=lambda x: type(x).__name__ if hasattr(x, "encode") else str(x))
+def test_a_token_that_comes_in(codec, dtype, of_keys, joint, slot, lie):
+    """Attention with it is that after it was put in and counted, to the last bit."""
+    torch.manual_seed(0)
+    rows, heads, condition, count, spare, mine = 4, 3, 2, 21, 3, slice(1, 3)
+    loop, groups = loops(codec, dtype, D), 1 if joint else heads
+    stores = [Storage(codec, (rows, heads, condition + count + spare, D), dtype, "cpu") for _ in "kv"]
+    for store in stores:
+        store.write(0, torch.randn(rows, heads, condition + count + spare, D))
+    record = RunningSimilarity(rows, heads, count + spare, D, joint=joint, dtype=dtype, device="cpu")
+    for tensor in (record.total, record.inverse_norm):
+        tensor.normal_()
+    slot = slot if isinstance(slot, int) else torch.randint(count, (2, groups, 1))
+    k, v = (x.to(dtype) for x in torch.randn(2, 2, heads, 1, D))
+    if lie == "each in its way":
+        k = k.transpose(0, 1).contiguous().transpose(0, 1)
+    elif lie == "with gaps":
+        k, v = torch.cat([k, v], dim=1).split(heads, dim=1)
+    q, made = torch.randn(2, heads, 1, D), []
+    for together in (True, False):
+        stores = copy.deepcopy(stores) if together else stores
+        total, norm = (tensor[mine].clone() for tensor in (record.total, record.inverse_norm))
+        new = slot, codec.encode(k), codec.encode(v)
+        if not together:
+            for store, x in zip(stores, (k, v), strict=True):
+                where = slot if not isinstance(slot, int) else torch.full((2, 1, 1), slot)
+                store.put(condition + where, x, mine)
+            features = stores[not of_keys].as_written(condition, condition + count, mine)
+            loop.count_in(features, slot, total, norm)
+            new = None
+        parts = [store.as_written(0, condition + count, mine) for store in stores]
+        similar = torch.empty(2, groups, count)
+        out = loop.attend(q, *parts, first=condition, new=new, comparison=(of_keys, total, norm, similar))
+        made.append((out, similar, total, norm, *(part.clone() for store in stores for part in store.parts)))
+    assert all(map(torch.equal, *made))
 
 
 @needs_loops
@@ -240,8 +288,8 @@ def test_hidden_slots_have_no_weight():
     values[..., 7, :], keys[..., 9, :], keys[..., 10, :] = 1e38, 1e4, -1e4
     bias = torch.zeros(1, 1, 1, 20)
     bias[..., 7] = -torch.inf
-    out = loops(Plain(), torch.float32, D).attend(torch.ones(1, 1, 1, 1, D), (keys,), (values,), bias)
-    assert out.equal(torch.ones(1, 1, 1, 1, D))
+    out = loops(Plain(), torch.float32, D).attend(torch.ones(1, 1, 1, D), (keys,), (values,), bias)
+    assert out.equal(torch.ones(1, 1, 1, D))
 
 
 @needs_loops
@@ -258,7 +306,7 @@ def test_victims():
         stays = arrivals > number - local
         stays[..., :prefix] = True
         exact = _ranks(score, arrivals).masked_fill(stays, 2**62).argmin(-1, keepdim=True)
-        numbers = {"largest": 2.0**15 - 1, "fraction": 2.0**28, "bits": ARRIVAL_BITS}
+        numbers = {"largest": 2.0**15 - 1, "fraction": 2.0**28}
         loop = loops(Plain(), torch.float32, D)
         room = torch.cat([arrivals, arrivals + MOST_TOKENS], -1)[..., :count]  # some slots of more
         assert loop.least_worthy(score, room, number, prefix=prefix, local=local, **numbers).equal(exact)
@@ -369,15 +417,21 @@ def test_wrong_shapes_are_told():
     loop, slots = cache.slots.loops, cache.slots
     keys, values, _ = slots.as_written(slice(0, 2))
     comparison = slots.comparison(slice(0, 2))
-    wide = q.unsqueeze(2)
+    slot, new = torch.zeros(2, 2, 1).long(), ((k,), (v,))
     for call in (
-        lambda: loop.attend(wide[:1], keys, values, None),
-        lambda: loop.attend(wide[..., :16], keys, values, None),
-        lambda: loop.attend(wide.double(), keys, values, None),
-        lambda: loop.attend(wide, keys, values, torch.zeros(1, 1, 1, 1).expand(1, 1, 1, keys[0].shape[2])),
-        lambda: loop.attend(wide, keys, values, torch.zeros(1, 1, 1, 3)),
-        lambda: loop.attend(wide, keys, values, None, (*comparison[:3], comparison[3][:1])),
-        lambda: loop.attend(wide, tuple(x.to("meta") for x in keys), values, None),
+        lambda: loop.attend(q[:1], keys, values),
+        lambda: loop.attend(q[..., :16], keys, values),
+        lambda: loop.attend(torch.cat([q, q[:, :1]], 1), keys, values),
+        lambda: loop.attend(q, keys, values, torch.zeros(1, 1, 1, 1).expand(1, 1, 1, keys[0].shape[2])),
+        lambda: loop.attend(q, keys, values, torch.zeros(1, 1, 1, 3)),
+        lambda: loop.attend(q, keys, values, first=1, comparison=(*comparison[:3], comparison[3][:1])),
+        lambda: loop.attend(q, keys, values, first=2, comparison=comparison),
+        lambda: loop.attend(q, keys, values, first=1, weights=torch.zeros(2, 2, 1, 3)),
+        lambda: loop.attend(q, keys, values, first=1, new=(slot[:1], *new)),
+        lambda: loop.attend(q, keys, values, first=1, new=(slot[:, :1], *new), comparison=comparison),
+        lambda: loop.attend(q, keys, values, first=1, new=(slot, *new[:1], (v[:1],))),
+        lambda: loop.attend(q, keys, values, first=1, new=(slot, *new[:1], (v.double(),))),
+        lambda: loop.attend(q, tuple(x.to("meta") for x in keys), values),
         lambda: loop.count_in(keys, torch.zeros(2, 1, 1).long(), *comparison[1:3]),
         lambda: loop.put(keys, torch.zeros(1, 2, 1).long(), (k,)),
         lambda: loop.put(keys, torch.zeros(2, 2, 1).long(), (k[:1],)),
