@@ -135,7 +135,8 @@ class LayerCache:
     def _note(self, q: Tensor) -> None:
         """What the policy wants to know of queries."""
         if self.slots.queries is not None:
-            self.slots.queries.add(self.count, self.slots.clock, q, self.rows)
+            clock = self.slots.clock if self.slots.fixed or torch.compiler.is_compiling() else None
+            self.slots.queries.add(self.count, clock, q, self.rows)
 
     def insert_condition(self, k: Tensor, v: Tensor) -> None:
         """Store condition tokens, folded into one slot if the config says so. ``k``, ``v``: ``[B, H, T, D]``.
@@ -299,7 +300,7 @@ class LayerCache:
         slots, rows, new, weights = self.slots, self.rows, None, None
         if k.shape[2] == 1:
             new = slots.written(k, v, rows)
-        else:
+        else:  # of an order, which never compares here
             self._write(k, v)
         keys, values, bias = slots.as_written(rows)
         if (bias := self._hiding(bias, rows)) is not None:

@@ -6,6 +6,7 @@ PyTorch's operations give the same results, but for the order of sums, and are t
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,13 +21,20 @@ Parts = tuple[Tensor, ...]
 _VECTORS = 32  # D is a multiple of so many numbers
 _INTEGERS = {"int8": "Int8", "int4": "Int4"}
 _PLAIN = {torch.float32: "Float32", torch.bfloat16: "BFloat16"}
+# The first of a codec's parts: its dtype, and how many numbers of a vector one of its numbers has.
+_WRITTEN = {
+    "Float32": (torch.float32, 1),
+    "BFloat16": (torch.bfloat16, 1),
+    "Int8": (torch.int8, 1),
+    "Int4": (torch.uint8, 2),
+}
 # What the functions of loops.cpp take, see :func:`adsa.native.functions`.
 _ARGUMENTS = {
     "attend": "piiiif p iiiii ii ii pp piii pp ii pi pp ipp i f",
     "count_in": "p ii ii i pi ppi",
     "put": "p ii ii i p p ii",
-    "most_weight": "pp iiii ii p pii i",
-    "nearest": "p iii ii i pi pf pp",
+    "merge": "pp ii ii i pp pii",
+    "rank": "piiiif iiiii ii ii p pii pip iii pi ii fff pp",
     "least_worthy": "pp iii p ii ff p",
 }
 
@@ -72,7 +80,8 @@ class Loops:
             comparison: whether keys are compared, and not values; ``total`` ``[R, H, D]`` and ``inverse_norm``
                 ``[R, G, N or more]`` of the RunningSimilarity, among which a new token is counted; where similarities
                 go to, float32 ``[R, G, N]``. None: none are wanted.
-            weights: where weights go to, of heads together, float32 ``[R, G, S, N]``. None: none are wanted.
+            weights: where weights go to, those of a group's heads added up, float32 ``[R, G, S, N]``. None: none are
+                wanted.
 
         Returns:
             ``[R, Hq, S, D]``, in the dtype of ``q``.
@@ -81,7 +90,7 @@ class Loops:
         queries, dim, after, given = q.shape[2], self._dim, count - first, q.dtype
         shared = q.shape[1] // heads
         for parts in (keys, values):
-            native.check("keys and values", parts[0], (rows, heads, count, parts[0].shape[3]))
+            self._check(parts, rows, heads, count)
         if _strides(keys) != _strides(values):
             raise ValueError("keys and values must lie alike")
         native.check("queries", q, (rows, heads * shared, queries, dim))
@@ -103,6 +112,14 @@ class Loops:
             native.check("weights", weights, (rows, groups, queries, after), torch.float32)
         if slots is not None:
             native.check("slots", slots, (rows, groups, 1), torch.int64)
+            if similarities is None and weights is None:  # each head for itself
+                slots, groups = slots.expand(rows, heads, 1).contiguous(), heads
+        if heads % groups or not 0 <= first <= count or (new is not None and not 0 <= slot < after):
+            raise ValueError(
+                f"slot {slot} after {first} of {groups} groups must be within {count} slots of {heads} heads"
+            )
+        if not all(x.is_contiguous() for x in (weights, similarities, total, inverse_norm) if x is not None):
+            raise ValueError("weights and similarities must be without gaps")
         if new is not None:
             new_keys, new_values, new_row, new_head = _side_by_side(new_keys, new_values, keys)
         self._attend(
@@ -112,6 +129,10 @@ class Loops:
             of_keys, _at(total), _at(inverse_norm), norms, TIE_SINGLE,
         )  # fmt: skip
         return out.transpose(1, 2).to(given)
+
+    def _check(self, parts: Parts, rows: int, heads: int, count: int) -> None:
+        dtype, together = _WRITTEN[self._made_of[0]]
+        native.check("keys and values", parts[0], (rows, heads, count, self._dim // together), dtype)
 
     def count_in(self, features: Parts, slot: int | Tensor, total: Tensor, inverse_norm: Tensor) -> None:
         """:meth:`adsa.similarity.RunningSimilarity.add` of the tokens in these slots.
@@ -123,7 +144,7 @@ class Loops:
         """
         (rows, heads, _), groups = total.shape, inverse_norm.shape[1]
         slots, at = (None, slot) if isinstance(slot, int) else (slot.contiguous(), 0)
-        native.check("features", features[0], (rows, heads, *features[0].shape[2:]))
+        self._check(features, rows, heads, features[0].shape[2])
         native.check("total", total, (rows, heads, self._dim), torch.float32)
         native.check("inverse_norm", inverse_norm, (rows, groups, inverse_norm.shape[2]), torch.float32)
         if slots is not None:
@@ -142,55 +163,98 @@ class Loops:
             new: ``[R, H, 1, n]`` each.
         """
         slot, (rows, heads) = slot.contiguous(), parts[0].shape[:2]
+        self._check(parts, rows, heads, parts[0].shape[2])
         native.check("slots", slot, (rows, slot.shape[1], 1), torch.int64)
         new, _, new_row, new_head = _side_by_side(new, new, parts)
         self._put(
             _all(parts), rows, heads, *_strides(parts), slot.shape[1], _at(slot), _all(new), new_row, new_head
         )  # fmt: skip
 
-    def most_weight(self, q: Tensor, keys: Parts, bias: Tensor | None, count: int) -> Tensor:
-        """The largest weight that any query's attention gives to each of the last ``count`` slots.
+    @property
+    def merges(self) -> bool:
+        """Whether there is :meth:`merge`, which integers don't have."""
+        return self._made_of[0] in _PLAIN.values()
+
+    def merge(self, keys: Parts, values: Parts, slot: Tensor, into: Tensor, bias: Tensor) -> None:
+        """A token of each row and head becomes part of another, as :class:`adsa.slots.Slots` merges them.
 
         Args:
-            q: float32 ``[R, H, Q, D]``, scaled.
-            keys, bias: as of :meth:`attend`.
-
-        Returns:
-            float32 ``[R, H, count]``.
-        """
-        q = q.contiguous()
-        rows, heads, queries, _ = q.shape
-        slots, most = keys[0].shape[2], q.new_empty(rows, heads, count)
-        native.check("keys", keys[0], (rows, heads, slots, keys[0].shape[3]))
-        native.check("queries", q, (rows, heads, queries, self._dim), torch.float32)
-        self._most_weight(
-            _at(q), _at(most), rows, heads, queries, slots, *_strides(keys), _all(keys),
-            *_added(bias, rows, heads, 1, slots)[:3], slots - count,
-        )  # fmt: skip
-        return most
-
-    def nearest(self, keys: Parts, slots: Tensor, never: Tensor, close: float) -> tuple[Tensor, Tensor]:
-        """As :meth:`adsa.slots.Slots.nearest`.
-
-        Args:
-            keys: as the codec wrote them, ``[R, H, N, n]`` each, some slots of tensors without gaps.
-            slots: of the tokens whose nearest is wanted, int64 ``[R, G, L]``.
-            never: which it can't be, bool ``[R, G, N]``.
-            close: least distance, see there.
-
-        Returns:
-            Squares of distances, float32 ``[R, G, L]``, and slots, int64 of that shape.
+            keys, values: as the codec wrote them, ``[R, H, N, n]`` each, some slots of tensors without gaps.
+            slot, into: int64 ``[R, G, 1]``, which token, and of which it becomes a part.
+            bias: logarithms of how many tokens a slot stands for, float32 ``[R, H, 1, N]``.
         """
         rows, heads, count, _ = keys[0].shape
-        slots, never = slots.contiguous(), never.contiguous()
-        native.check("slots", slots, (rows, *slots.shape[1:]), torch.int64)
-        native.check("never", never, (rows, slots.shape[1], count), torch.bool)
-        distance, where = torch.empty_like(slots, dtype=torch.float32), torch.empty_like(slots)
-        self._nearest(
-            _all(keys), rows, heads, count, *_strides(keys), slots.shape[1], _at(slots), slots.shape[2], _at(never),
-            close, _at(distance), _at(where),
+        slot, into = slot.contiguous(), into.contiguous()
+        for parts in (keys, values):
+            self._check(parts, rows, heads, count)
+        for index in (slot, into):
+            native.check("slots", index, (rows, slot.shape[1], 1), torch.int64)
+        added = _added(bias, rows, heads, 1, count)
+        if _strides(keys) != _strides(values) or len(bias) != rows or bias.shape[1] != heads:
+            raise ValueError("keys, values and bias must be of the same slots")
+        self._merge(
+            _all(keys), _all(values), rows, heads, *_strides(keys), slot.shape[1], _at(slot), _at(into), *added[:3]
         )  # fmt: skip
-        return distance, where
+
+    def rank(
+        self,
+        q: Tensor,
+        keys: Parts,
+        bias: Tensor | None,
+        arrivals: Tensor,
+        number: Tensor,
+        *,
+        line: int,
+        prefix: int,
+        local: int,
+        held: Sequence[int],
+        few: int,
+        named: int,
+        merges: bool,
+        close: float,
+        largest: float,
+        fraction: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The ranking of :class:`adsa.policies.adsa_plus.AdsaPlus`, of one head's tokens after the other's.
+
+        Args:
+            q: queries that are asked, ``[R, Hq, Q, D]``, numbers of a vector without gaps.
+            keys: as the codec wrote them, ``[R, H, C + N, n]`` each, some slots of tensors without gaps.
+            bias: added to scores, float32 ``[1 or R, 1 or H, 1, C + N]``, or None.
+            arrivals: int32 ``[R, G, N]``, a part of the slots of a tensor that has no gaps.
+            number: of the token that comes.
+            line: tokens of the last line, into which nothing is merged.
+            prefix, local, largest, fraction: as of :meth:`least_worthy`.
+            held: arrivals of tokens that hold another's place, and stay.
+            few: candidates.
+            named: how many are to leave.
+            merges: whether they are merged.
+            close: least distance, as of :meth:`adsa.slots.Slots.nearest`.
+
+        Returns:
+            int64 ``[R, G, named]``: slots of those that leave, and of those that they are merged into, or None.
+        """
+        rows, heads, count, _ = keys[0].shape
+        (groups, after), shared = arrivals.shape[1:], q.shape[1] // heads
+        self._check(keys, rows, heads, count)
+        native.check("queries", q, (rows, heads * shared, q.shape[2], self._dim))
+        native.check("arrivals", arrivals, (rows, groups, min(after, count)), torch.int32)
+        if heads % groups or not 0 < named <= few <= after:
+            raise ValueError(
+                f"{named} of {few} candidates must be within {after} slots, {groups} groups of {heads} heads"
+            )
+        if q.dtype not in _PLAIN:
+            q = q.float()
+        q = q if q.stride(3) == 1 else q.contiguous()
+        held = torch.tensor(held, dtype=torch.int32, device="cpu")
+        found, into = torch.empty(2, rows, groups, named, dtype=torch.int64, device="cpu")
+        self._rank(
+            _at(q), q.dtype == torch.bfloat16, *q.stride()[:3], self._dim**-0.5, rows, heads, shared, q.shape[2],
+            groups, count, count - after, *_strides(keys), _all(keys), *_added(bias, rows, heads, 1, count)[:3],
+            _at(arrivals), arrivals.stride(1), _at(number), line, prefix, local, _at(held), len(held), few, named,
+            close, largest, fraction, _at(found), _at(into) if merges else None,
+        )  # fmt: skip
+        return found, into if merges else None
 
     def least_worthy(
         self,

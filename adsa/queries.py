@@ -19,12 +19,17 @@ class QueryRecord:
         self.window, self.count = window, 0
         self.queries = torch.zeros(rows, heads, window, head_dim, dtype=dtype, device=device)
 
-    def add(self, count: int, clock: Tensor, q: Tensor, rows: slice) -> None:
+    def add(self, count: int, clock: Tensor | None, q: Tensor, rows: slice) -> None:
         """Queries of the newest tokens, ``[B, Hq, S, D]``, of these rows.
 
-        ``count``, ``clock``: tokens that have come by now, these included, on the host and on the device.
+        ``count``, ``clock``: tokens that have come by now, these included, on the host and on the device; None: the
+        host's number may be part of what is done.
         """
         self.count = count
+        if clock is None:
+            for back in range(1, q.shape[2] + 1):
+                self.queries[rows, :, (count - back) % self.window] = q[:, :, -back]
+            return
         last = clock + torch.arange(-q.shape[2], 0, dtype=torch.int64, device=clock.device)
         self.queries[rows].index_copy_(2, last % self.window, q.to(self.queries.dtype))
 

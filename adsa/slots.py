@@ -317,9 +317,6 @@ class Slots:
         heads = self.stored_k.heads
         q = q.unflatten(1, (heads, -1)).flatten(2, 3).to(torch.promote_types(q.dtype, torch.float32))
         q = q * q.shape[-1] ** -0.5
-        if self.loops is not None:
-            keys = self.stored_k.as_written(0, self.reach, rows)
-            return self.loops.most_weight(q, keys, self._added(rows), self.reach - self.condition_slots)
         keys, bias = self.held_keys(rows, self.wide)
         scores = q @ keys.to(q.dtype).mT  # [rows, H, Hq / H * Q, C + N]
         if bias is not None:
@@ -480,7 +477,8 @@ class Slots:
         self.targets = []
 
     # Similarities can be found while attention has keys and values at hand, to read these from memory once. For each
-    # layer in turn, with its tokens in place: compares? join, multiply or comparison for all of its rows, compared.
+    # layer in turn: compares? Then for all of its rows join and multiply, with its tokens in place, or a comparison,
+    # by loops that put them there and count them; compared.
 
     def compares(self, rows: slice) -> bool:
         """Whether the next token will ask for :meth:`similarities`, and those of a layer's rows can be found before."""
@@ -555,24 +553,48 @@ class Slots:
         """
         if self._due(tokens):
             self._taken = 0
-            score = self.policy.score(self)
-            numbers = 0 if self._loops_rank else self.groups * self.filled
-            found = self.in_parts(lambda rows: self._least(score, rows), numbers)
+            found, into = self.policy.victims(self)
             if self._ranking is None:
                 self._taken = 1
                 return found, None
             self._ranking.copy_(found)
             if self.merges:
-                leave = torch.zeros_like(self.arrivals, dtype=torch.bool).scatter_(2, found, True)
-                self._into.copy_(
-                    self.in_parts(
-                        lambda rows: self.nearest(found[rows], rows, leave[rows])[1],
-                        self._into[0].numel() * self.filled,
-                    )
-                )
+                self._into.copy_(into)
         taken = slice(self._taken, self._taken + tokens)
         self._taken += tokens
         return self._ranking[:, :, taken], self._into[:, :, taken] if self.merges else None
+
+    def victims(self, score: Tensor) -> tuple[Tensor, Tensor | None]:
+        """By score, ``[R, G, N]``, the slots whose tokens are to leave, as :meth:`Policy.victims` tells them."""
+        found = self.in_parts(
+            lambda rows: self._least(score, rows), 0 if self._loops_rank else self.groups * self.filled
+        )
+        if not self.merges:
+            return found, None
+        leave = torch.zeros_like(self.arrivals, dtype=torch.bool).scatter_(2, found, True)
+        numbers = found[0].numel() * self.filled
+        return found, self.in_parts(lambda rows: self.nearest(found[rows], rows, leave[rows])[1], numbers)
+
+    def victims_by_queries(self, few: int) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`adsa.loops.Loops.rank` finds them; where there are loops. ``few``: candidates."""
+        rows = slice(0, self.layers * self.batch)
+        return self.loops.rank(
+            self.queries.read(rows),
+            self.stored_k.as_written(0, self.reach, rows),
+            self._added(rows),
+            self.arrivals,
+            self._number,
+            line=self.columns,
+            prefix=self.prefix,
+            local=self.local,
+            held=list(self._held.values()),
+            few=few,
+            named=self.ranked,
+            merges=self.merges,
+            close=CLOSE,
+            largest=_LARGEST,
+            fraction=_FRACTION,
+        )
 
     def _due(self, tokens: int) -> bool:
         """Whether so many victims need a new ranking."""
@@ -657,8 +679,6 @@ class Slots:
         leave = self._or_held(leave, arrivals)
         never = leave | (arrivals >= self.clock - self.columns)
         never = torch.where(never.all(-1, keepdim=True), leave, never)  # where nothing is older
-        if self.loops is not None:
-            return self.loops.nearest(self.stored_k.as_written(first, end, rows), slots, never, CLOSE)
         keys = self._read(self.stored_k, first, end, rows, self.wide)
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         square = torch.linalg.vector_norm(keys, dim=-1).square_()  # [rows, H, N]
@@ -672,6 +692,12 @@ class Slots:
     def _merge(self, slot: Tensor, into: Tensor) -> None:
         """A token that leaves becomes part of another. int64 ``[R, G, 1]`` each."""
         first, heads = self.condition_slots, self.bias.shape[1]
+        if self.loops is not None and self.loops.merges and self.similarity is None:
+            keys, values = (store.as_written(first, first + self.capacity) for store in (self.stored_k, self.stored_v))
+            self.loops.merge(keys, values, slot, into, self.bias[..., first:])
+            if self.attention is not None:
+                self.attention.merge(slot, into)
+            return
         leaves, stays = (index + first for index in (slot, into))
         numbers = [
             self.bias.gather(3, index.unsqueeze(2).expand(-1, heads, -1, -1)).squeeze(3) for index in (leaves, stays)
@@ -681,8 +707,8 @@ class Slots:
         if self.similarity is not None:
             self.similarity.remove(into, self._featured.pick(stays, dtype=self.wide))
         for store in (self.stored_k, self.stored_v):
-            old, new = store.pick(stays), store.pick(leaves)
-            store.put(stays, old + (new - old) * share.to(old.dtype))
+            old, new = (store.pick(index, dtype=share.dtype) for index in (stays, leaves))
+            store.put(stays, old + (new - old) * share)
         self.bias.scatter_(3, stays.unsqueeze(2).expand(-1, heads, -1, -1), both.unsqueeze(3))
         if self.similarity is not None:
             self.similarity.add(into, self._featured.pick(stays, dtype=self.wide))

@@ -36,18 +36,23 @@ class AdsaPlus(Policy):
 
     def score(self, layer) -> Tensor:
         numbers = layer.queries.queries[0, :, :, 0].numel() * (layer.condition_slots + layer.filled)
-        return layer.in_parts(lambda rows: self._worth(layer, rows), numbers, once=layer.loops is not None)
+        return layer.in_parts(lambda rows: self._worth(layer, rows), numbers)
+
+    def victims(self, layer) -> tuple[Tensor, Tensor | None]:
+        return super().victims(layer) if layer.loops is None else layer.victims_by_queries(self._few(layer))
 
     @staticmethod
-    def _worth(layer, rows: slice) -> Tensor:
+    def _few(layer) -> int:
+        return min(CANDIDATES * max(layer.ranked, layer.filled - layer.budget), layer.filled)
+
+    def _worth(self, layer, rows: slice) -> Tensor:
         """ln of the worth, ``[rows, G, N]``; beyond the candidates only in the order of odds, above these."""
         most = layer.most_weight(layer.queries.read(rows), rows)
         odds = (most / (1 - most).clamp(min=1e-4)).clamp(min=torch.finfo(most.dtype).tiny)
         if layer.groups == 1:
             odds = odds.amax(1, keepdim=True)
         stays = layer.staying(rows)
-        few = min(CANDIDATES * max(layer.ranked, layer.filled - layer.budget), layer.filled)
-        _, candidates = odds.masked_fill(stays, torch.inf).topk(few, largest=False)
+        _, candidates = odds.masked_fill(stays, torch.inf).topk(self._few(layer), largest=False)
         leave = torch.zeros_like(stays).scatter_(2, candidates, True) & ~stays
         distance, _ = layer.nearest(candidates, rows, leave)
         worth = odds.log()

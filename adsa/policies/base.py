@@ -62,3 +62,12 @@ class Policy:
             first is evicted first (mode "evict") or kept first (mode "select").
         """
         raise NotImplementedError
+
+    def victims(self, layer: "Slots") -> tuple[Tensor, Tensor | None]:
+        """By :meth:`score`, or in a way that comes to the same and is faster, whose tokens are to leave.
+
+        Returns:
+            int64 ``[R, G, layer.ranked]`` each: slots of these tokens, the least worthy first; and of those that they
+            are to be merged into, or None.
+        """
+        return layer.victims(self.score(layer))

@@ -182,6 +182,7 @@ static Number* room(int64_t count) {
     return numbers.data();
 }
 
+#pragma GCC visibility push(protected)  // no other library's function of the same name is called here
 extern "C" {
 
 // x: [count, inputs]; out: [count, outputs], of the same numbers; weights: blocks; scale: [outputs], or none.
@@ -283,3 +284,4 @@ void after_attention(
     }
 }
 }
+#pragma GCC visibility pop

@@ -87,6 +87,8 @@ class Loops:
     def _weights(self, weights: Weights, inputs: int, outputs: int) -> tuple[int, int | None]:
         """Where they lie, and their scales."""
         blocks, scale = weights
+        if inputs % self.together:
+            raise ValueError(f"inputs must be a multiple of {self.together} of {self.dtype}, not {inputs}")
         stored = torch.uint8 if self.dtype == torch.int8 else self.dtype
         shape = (-(-outputs // _OUTPUTS), inputs // self.together, _OUTPUTS, self.together)
         native.check("weights", blocks, shape, stored)
@@ -148,7 +150,7 @@ class Loops:
         native.check("inputs", x, (batch, tokens, dim), self.takes)
         native.check("the table", table, (tokens, head_dim // 2, 2), torch.float32)
         native.check("a norm's weights", norm, (dim,), self.takes)
-        x, table, outputs = x.contiguous(), table.contiguous(), sum(heads) * head_dim
+        x, norm, table, outputs = x.contiguous(), norm.contiguous(), table.contiguous(), sum(heads) * head_dim
         qkv = x.new_empty(batch, tokens, sum(heads), head_dim)
         self._before_attention(
             x.data_ptr(), norm.data_ptr(), *self._weights(weights, dim, outputs), table.data_ptr(), qkv.data_ptr(),
@@ -177,7 +179,7 @@ class Loops:
         for given in (x, attended):
             native.check("inputs", given, x.shape, self.takes)
         native.check("a norm's weights", norm, (dim,), self.takes)
-        x, attended = x.contiguous(), attended.contiguous()
+        x, attended, norm = x.contiguous(), attended.contiguous(), norm.contiguous()
         out = torch.empty_like(x)
         w1, w3, w2 = ffn
         self._after_attention(

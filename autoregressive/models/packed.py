@@ -41,7 +41,8 @@ class BlockedLinear(nn.Module):
 class BlockedBlock(nn.Module):
     """A :class:`TransformerBlock` for inference on a CPU: two calls of the project's own loops, and its attention.
 
-    Results are those of the block, to the last bit.
+    Results are those of the block's own norms and layers by such loops, to the last bit. Nothing is dropped, and hooks
+    of modules within it aren't called.
 
     Args:
         block: whose linear layers are all a :class:`BlockedLinear`. They, and its norms, become this block's.
@@ -102,12 +103,12 @@ def pack(model: Transformer) -> Transformer:
 
 
 def _joined(block: TransformerBlock) -> nn.Module:
-    attention, ffn = block.attention, block.feed_forward
-    if not all(isinstance(each, BlockedLinear) for each in (attention.wqkv, attention.wo, ffn.w1, ffn.w3, ffn.w2)):
+    attention, ffn, norms = block.attention, block.feed_forward, (block.attention_norm, block.ffn_norm)
+    layers = [attention.wqkv, attention.wo, ffn.w1, ffn.w3, ffn.w2]
+    found = {layer.loops if isinstance(layer, BlockedLinear) else None for layer in layers}
+    if len(found) > 1 or None in found or any(norm.weight.dtype != layers[0].loops.takes for norm in norms):
         return block
-    loops = attention.wqkv.loops
-    norms = block.attention_norm.weight, block.ffn_norm.weight
-    return BlockedBlock(block, loops) if all(norm.dtype == loops.takes for norm in norms) else block
+    return BlockedBlock(block, layers[0].loops)
 
 
 def _packed(layer: nn.Linear | Int8Linear) -> nn.Module:

@@ -64,7 +64,7 @@ def called(monkeypatch):
 
         return wrapper
 
-    for name in ("attend", "count_in", "put", "least_worthy", "most_weight", "nearest"):
+    for name in ("attend", "count_in", "put", "least_worthy", "merge", "rank"):
         monkeypatch.setattr(Loops, name, noted(name))
     return names
 
@@ -111,8 +111,8 @@ def test_loops_change_nothing(called, cfg, monkeypatch):
     expected["compare"] = evicts and compares
     expected["count_in"] = cfg.policy != "full" and compares
     expected["least_worthy"] = evicts and cfg.renewal == 1 and not cfg.merges
-    expected["most_weight"] = rule.query_lines > 0
-    expected["nearest"] = cfg.merges or rule.query_lines > 0
+    expected["rank"] = rule.query_lines > 0
+    expected["merge"] = cfg.merges and not compares
     assert called == {name for name, used in expected.items() if used}
 
 
@@ -246,39 +246,89 @@ def test_a_token_that_comes_in(codec, dtype, of_keys, joint, slot, lie):
 
 
 @needs_loops
-@pytest.mark.parametrize("count", [1, 16, 53])
+@pytest.mark.parametrize("held", [[], [29, 31]])
+@pytest.mark.parametrize("count", [16, 53])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("codec, dtype", FORMATS, ids=lambda x: type(x).__name__ if hasattr(x, "encode") else str(x))
 @pytest.mark.parametrize("width", WIDTHS)
-def test_what_a_policy_asks_of_keys(width, codec, dtype, groups, count, monkeypatch):
-    """Weights of several queries, and nearest keys; in double precision."""
+def test_ranking_by_its_definition(width, codec, dtype, groups, count, held, monkeypatch):
+    """Whom the last line's queries miss least, and the nearest key; in double precision."""
     torch.manual_seed(0)
-    rows, heads, queries, few, condition, dim, close = 2, 3, 5, 4, 2, 64, 2.0**-10
-    loop, store = (
-        loop_of(width, codec, dtype, dim, monkeypatch),
-        Storage(codec, (rows, heads, condition + count + 1, dim), dtype, "cpu"),
-    )
+    rows, heads, shared, queries, condition, dim, close, line, prefix, local = 2, 3, 2, 5, 2, 64, 2.0**-10, 4, 3, 2
+    few, named = 6, 3
+    loop = loop_of(width, codec, dtype, dim, monkeypatch)
+    store = Storage(codec, (rows, heads, condition + count + 1, dim), dtype, "cpu")
     store.write(0, torch.randn(rows, heads, condition + count + 1, dim))
     k = store.read(0, condition + count, dtype=torch.float32).double()
-    q, bias = torch.randn(rows, heads, queries, dim), torch.randn(rows, heads, 1, condition + count + 1)
+    q = (3 * torch.randn(rows, queries, heads * shared, dim)).to(dtype).transpose(1, 2)
+    bias = torch.randn(rows, heads, 1, condition + count + 1)
     bias[0, ..., 0] = -torch.inf
+    arrivals = torch.stack([torch.randperm(count) for _ in range(rows * groups)]).view(rows, groups, count)
+    arrivals = (arrivals + 20).int()
+    now = 20 + count
+    if count == 16:
+        arrivals[0, 0] = torch.arange(now - count, now)  # those that stay are of the last line, but for a few
+        line = 14
+    room = torch.cat([arrivals, arrivals], -1)[..., :count]  # some slots of more
     for added in (bias[..., : condition + count], None):
-        found = loop.most_weight(q, store.as_written(0, condition + count), added, count)
-        exact = (q.double() @ k.mT + (0 if added is None else added)).softmax(-1)[..., condition:].amax(2)
-        torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=1e-4)
-    k, never = k[:, :, condition:], torch.rand(rows, groups, count) < 0.3
-    never[..., 0] = False
-    never[0, 0] = count == 16  # none may be
-    tokens = torch.randint(count, (rows, groups, few))
-    left = k.gather(2, tokens.expand(-1, heads, -1).unsqueeze(-1).expand(-1, -1, -1, dim))
-    exact = torch.cdist(left, k).square()
-    exact = exact.maximum(close * (left.square().sum(-1).unsqueeze(-1) + k.square().sum(-1).unsqueeze(2)))
-    exact = exact.sum(1, keepdim=True) if groups == 1 else exact
-    exact = exact.masked_fill(never.unsqueeze(2), torch.inf)
-    distance, where = loop.nearest(store.as_written(condition, condition + count), tokens, never, close)
-    torch.testing.assert_close(distance.double(), exact.amin(-1), atol=1e-4, rtol=1e-4)
-    assert where.lt(count).all()
-    torch.testing.assert_close(exact.gather(3, where.unsqueeze(3)).squeeze(3), exact.amin(-1), atol=1e-4, rtol=1e-4)
+        scores = q.double().unflatten(1, (heads, shared)).flatten(2, 3) * dim**-0.5 @ k.mT
+        most = (scores + (0 if added is None else added)).softmax(-1)[..., condition:].amax(2)
+        odds = most / (1 - most).clamp(min=1e-4)
+        odds = odds.amax(1, keepdim=True) if groups == 1 else odds
+        gaps = torch.cdist(k, k)[..., condition:, condition:].square()
+        square = k[:, :, condition:].square().sum(-1)
+        gaps = gaps.maximum(close * (square.unsqueeze(-1) + square.unsqueeze(2)))
+        gaps = gaps.sum(1, keepdim=True) if groups == 1 else gaps  # [rows, G, N, N]
+        kept = torch.isin(arrivals, torch.tensor(held, dtype=torch.int32))
+        stays = kept | (arrivals > now - local)
+        stays[..., :prefix] = True
+        candidates = odds.masked_fill(stays, torch.inf).topk(few, largest=False).indices
+
+        def targets(leave, kept=kept, gaps=gaps):
+            never = torch.zeros_like(kept).scatter_(2, leave, True) | kept
+            recent = never | (arrivals >= now - line)
+            never = torch.where(recent.all(-1, keepdim=True), never, recent)
+            left = gaps.gather(2, leave.unsqueeze(3).expand(-1, -1, -1, count))
+            return left.masked_fill(never.unsqueeze(2), torch.inf).min(-1)
+
+        worth = odds.gather(2, candidates).log() + targets(candidates).values.log() / 2
+        exact = candidates.gather(2, worth.topk(named, largest=False).indices)
+        for merges in (True, False):
+            found, into = loop.rank(
+                q, store.as_written(0, condition + count), added, room, torch.tensor(now, dtype=torch.int32),
+                line=line, prefix=prefix, local=local, held=held, few=few, named=named, merges=merges, close=close,
+                largest=2.0**15 - 1, fraction=2.0**28,
+            )  # fmt: skip
+            assert found.equal(exact)
+            assert into.equal(targets(exact).indices) if merges else into is None
+
+
+@needs_loops
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_merging_by_its_definition(width, dtype, groups, monkeypatch):
+    """Means by counts, which are added up."""
+    torch.manual_seed(0)
+    rows, heads, slots, dim = 4, 3, 9, 64
+    loop = loop_of(width, Plain(), dtype, dim, monkeypatch)
+    keys, values = torch.randn(2, rows, heads, slots + 2, dim).to(dtype)
+    counts = torch.randint(1, 9, (rows, heads, 1, slots + 2)).float()
+    bias = counts.log()
+    slot, into = torch.randint(4, (rows, groups, 1)), torch.randint(4, (rows, groups, 1)) + 4
+    before = [x.clone() for x in (keys, values, bias)]
+    loop.merge((keys[:, :, 1:-1],), (values[:, :, 1:-1],), slot, into, bias[..., 1:-1])
+    leaves, stays = (index.expand(rows, heads, 1) + 1 for index in (slot, into))
+    one, two = (counts.squeeze(2).gather(2, index).double() for index in (leaves, stays))
+    for x, old in ((keys, before[0]), (values, before[1])):
+        where = [index.unsqueeze(-1).expand(-1, -1, -1, dim) for index in (leaves, stays)]
+        a, b = (old.double().gather(2, index) for index in where)
+        mean = (a * (one / (one + two)).unsqueeze(-1) + b * (two / (one + two)).unsqueeze(-1)).to(dtype)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(x, old.scatter(2, where[1], mean), atol=4 * eps, rtol=eps)
+        assert x.scatter(2, where[1], 0.0).equal(old.scatter(2, where[1], 0.0))
+    expected = before[2].squeeze(2).scatter(2, stays, (one + two).log().float())
+    torch.testing.assert_close(bias.squeeze(2), expected, atol=1e-6, rtol=1e-6)
 
 
 @needs_loops
@@ -300,12 +350,17 @@ def test_victims():
         score = torch.randn(3, 2, count).round_()  # with ties
         score[0, 0, ::2], score[0, 1] = -torch.inf, torch.inf
         score[1] *= 1e9
+        score[2, 0, ::3], score[2, 1] = torch.nan, torch.nan  # counts as 0
         later = torch.stack([torch.randperm(count - prefix).int() + prefix for _ in range(6)]).view(3, 2, -1)
         arrivals = torch.cat([torch.arange(prefix, dtype=torch.int32).expand(3, 2, -1), later], -1)
         number = torch.tensor(count, dtype=torch.int32)
         stays = arrivals > number - local
         stays[..., :prefix] = True
-        exact = _ranks(score, arrivals).masked_fill(stays, 2**62).argmin(-1, keepdim=True)
+        exact = (
+            _ranks(score.nan_to_num(0.0, torch.inf, -torch.inf), arrivals)
+            .masked_fill(stays, 2**62)
+            .argmin(-1, keepdim=True)
+        )
         numbers = {"largest": 2.0**15 - 1, "fraction": 2.0**28}
         loop = loops(Plain(), torch.float32, D)
         room = torch.cat([arrivals, arrivals + MOST_TOKENS], -1)[..., :count]  # some slots of more
@@ -417,7 +472,9 @@ def test_wrong_shapes_are_told():
     loop, slots = cache.slots.loops, cache.slots
     keys, values, _ = slots.as_written(slice(0, 2))
     comparison = slots.comparison(slice(0, 2))
-    slot, new = torch.zeros(2, 2, 1).long(), ((k,), (v,))
+    slot, new, bias = torch.zeros(2, 2, 1).long(), ((k,), (v,)), torch.zeros(2, 2, 1, keys[0].shape[2])
+    ranks = {"line": 4, "prefix": 0, "local": 1, "held": [], "few": 2, "named": 1, "merges": True}
+    ranks |= {"close": 0.1, "largest": 1.0, "fraction": 1.0}
     for call in (
         lambda: loop.attend(q[:1], keys, values),
         lambda: loop.attend(q[..., :16], keys, values),
@@ -435,8 +492,14 @@ def test_wrong_shapes_are_told():
         lambda: loop.count_in(keys, torch.zeros(2, 1, 1).long(), *comparison[1:3]),
         lambda: loop.put(keys, torch.zeros(1, 2, 1).long(), (k,)),
         lambda: loop.put(keys, torch.zeros(2, 2, 1).long(), (k[:1],)),
-        lambda: loop.most_weight(q[:1], keys, None, 16),
-        lambda: loop.nearest(keys, torch.zeros(2, 2, 3).long(), torch.zeros(2, 2, 5).bool(), 0.1),
+        lambda: loop.attend(q, keys, values, first=1, new=(99, *new)),
+        lambda: loop.attend(q, tuple(x.bfloat16() for x in keys), values),
+        lambda: loop.merge(keys, values, slot[:1], slot, bias),
+        lambda: loop.merge(keys, values, slot, slot, bias[:1]),
+        lambda: loop.merge(keys, values, slot, slot, bias[..., :3]),
+        lambda: loop.rank(q[:1], keys, None, slots.arrivals, slots.clock, **ranks),
+        lambda: loop.rank(q, keys, bias[..., :3], slots.arrivals, slots.clock, **ranks),
+        lambda: loop.rank(q, keys, None, slots.arrivals[:1], slots.clock, **ranks),
         lambda: slots._least(torch.zeros(2, 1, 16), slice(0, 2)),
     ):
         with pytest.raises(ValueError, match="must be"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adsa import CacheConfig
+from adsa import CacheConfig, native
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
 from autoregressive.models.loops import multiplies
@@ -198,6 +198,16 @@ def test_caches_of_integers(tiny, tmp_path):
         ratio = row["turns"]["0"]["demand"]["kv_bytes"] / plain["turns"]["0"]["demand"]["kv_bytes"]
         assert ratio == pytest.approx(row["summary"]["kv_bytes"] / plain["summary"]["kv_bytes"])
     assert min(ours["summary"]["breakdown_ms"].values()) > 0
+
+
+def test_parts_of_loops(tiny, tmp_path, monkeypatch):
+    """Which write to the cache as they attend."""
+    if not native.wanted():
+        pytest.skip("no C++ here")
+    monkeypatch.setitem(SHAPE, "dim", 64)
+    (row,) = benched(tmp_path, "--caches", "adsa-12", "--batches", "1", "--breakdown")["rows"]
+    parts = row["summary"]["breakdown_ms"]
+    assert parts.pop("cache writes") == 0 and min(parts.values()) > 0
 
 
 def test_quantised(tiny, tmp_path):
