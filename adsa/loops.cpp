@@ -178,8 +178,8 @@ static inline void in_blocks(int64_t count, Use use) {
 }
 
 // Products of a vector with LANES slots, or as many as there are.
-template <class Vectors, class Many>
-static inline void multiply_block(const Vectors& x, int64_t slot, Many many, const Wide& vector, float* found) {
+template <class Many>
+static inline void multiply_block(const Format& x, int64_t slot, Many many, const Wide& vector, float* found) {
     Floats each[LANES] = {};
     for (int s = 0; s < many; s++) each[s] = products(vector, x[slot + s]);
     const Floats all = sums(each);
@@ -223,6 +223,8 @@ static inline void transpose(Floats* x) {
         }
     if constexpr (HALF > 1) transpose<HALF / 2>(x);
 }
+
+namespace {
 
 // A head's vectors number by number, LANES slots side by side: for products with many others. Two numbers of bfloat16
 // count as one, where they are multiplied in pairs.
@@ -318,6 +320,8 @@ struct Columns {
             }
     }
 };
+
+}  // namespace
 
 // The least of all numbers, which come as vectors of(0), of(LANES), of(2 * LANES) ...
 template <class Of>
@@ -537,7 +541,7 @@ void merge(
 // q, half, q_row, q_head, q_query, scale, bias: as of attend, of the queries that are asked. arrivals [rows, groups,
 // count - first], arrivals_row from a group to the next. Tokens stay that are among the first prefix ones, the newest
 // local ones or those held; nothing is merged into a token of the last line, if there are others, or into one that
-// doesn't stay. few: candidates, at least `named`; so many tokens may leave.
+// doesn't stay. few: candidates at most, at least `named`, and no fewer tokens than that may leave.
 void rank(
     const void* q, int64_t half, int64_t q_row, int64_t q_head, int64_t q_query, float scale, int64_t rows,
     int64_t heads, int64_t shared, int64_t queries, int64_t groups, int64_t count, int64_t first, int64_t row,
@@ -598,20 +602,23 @@ void rank(
                         if ((held_here[n] = std::find(held, held + helds, arrival[n]) != held + helds))
                             order[n] = INFINITY;
                 std::fill(leaves.begin(), leaves.end(), 0);
-                for (int64_t i = 0; i < few; i++) {
+                std::fill(candidate.begin(), candidate.end(), first);
+                int64_t some = 0;
+                for (; some < few; some++) {
                     const float lowest = least(width, [&](int64_t n) { return load<Floats>(order + n); });
-                    candidate[i] = std::find(order + first, order + count - 1, lowest) - order;
-                    order[candidate[i]] = INFINITY;
-                    leaves[candidate[i]] = 1;
+                    if (lowest == INFINITY) break;  // all others stay
+                    candidate[some] = std::find(order + first, order + count - 1, lowest) - order;
+                    order[candidate[some]] = INFINITY;
+                    leaves[candidate[some]] = 1;
                 }
                 // Distances.
-                std::fill(apart, apart + few * width, 0.f);
+                std::fill(apart, apart + some * width, 0.f);
                 for (int64_t h = begin; h < end; h++) {
                     if (together > 1) columns.read(r * row + h * head);
-                    for (int64_t i = 0; i < few; i++) columns.put(i, r * row + h * head + candidate[i]);
-                    columns.multiply(few, made);
+                    for (int64_t i = 0; i < some; i++) columns.put(i, r * row + h * head + candidate[i]);
+                    columns.multiply(some, made);
                     columns.squares(square);
-                    for (int64_t i = 0; i < few; i++)
+                    for (int64_t i = 0; i < some; i++)
                         for (int64_t n = 0; n < width; n += LANES) {
                             const Floats both = load<Floats>(square + n) + square[candidate[i]];
                             const Floats gap = both - 2 * load<Floats>(made + i * width + n), lowest = both * close;
@@ -638,18 +645,19 @@ void rank(
                     });
                 };
                 bar();
-                for (int64_t i = 0; i < few; i++) {
+                for (int64_t i = 0; i < some; i++) {
                     const float ln = std::log(odds[candidate[i]]) + std::log(distance(i)) / 2;
                     worth[i] = ln == ln ? std::nearbyint(std::min(std::max(ln, -largest), largest) * fraction) : 0;
                 }
                 std::iota(ranks.begin(), ranks.end(), 0);
-                std::partial_sort(ranks.begin(), ranks.begin() + named, ranks.end(), [&](int32_t a, int32_t b) {
+                const auto sorted = ranks.begin() + std::min(named, some);
+                std::partial_sort(ranks.begin(), sorted, ranks.begin() + some, [&](int32_t a, int32_t b) {
                     if (worth[a] != worth[b]) return worth[a] < worth[b];
                     return arrival[candidate[a]] < arrival[candidate[b]];
                 });
                 for (int64_t k = 0; k < named; k++) found[group * named + k] = candidate[ranks[k]] - first;
                 if (!into) continue;
-                for (int64_t k = named; k < few; k++) leaves[candidate[ranks[k]]] = 0;
+                for (int64_t k = named; k < some; k++) leaves[candidate[ranks[k]]] = 0;
                 bar();
                 for (int64_t k = 0; k < named; k++) {
                     const float* const mine = apart + ranks[k] * width;

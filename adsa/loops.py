@@ -114,7 +114,7 @@ class Loops:
             native.check("slots", slots, (rows, groups, 1), torch.int64)
             if similarities is None and weights is None:  # each head for itself
                 slots, groups = slots.expand(rows, heads, 1).contiguous(), heads
-        if heads % groups or not 0 <= first <= count or (new is not None and not 0 <= slot < after):
+        if not groups or heads % groups or not 0 <= first <= count or (new is not None and not 0 <= slot < after):
             raise ValueError(
                 f"slot {slot} after {first} of {groups} groups must be within {count} slots of {heads} heads"
             )
@@ -130,9 +130,11 @@ class Loops:
         )  # fmt: skip
         return out.transpose(1, 2).to(given)
 
-    def _check(self, parts: Parts, rows: int, heads: int, count: int) -> None:
+    def _check(self, parts: Parts, rows: int, heads: int, count: int, groups: int = 1) -> None:
         dtype, together = _WRITTEN[self._made_of[0]]
         native.check("keys and values", parts[0], (rows, heads, count, self._dim // together), dtype)
+        if not groups or heads % groups:
+            raise ValueError(f"groups must be parts of {heads} heads, not {groups}")
 
     def count_in(self, features: Parts, slot: int | Tensor, total: Tensor, inverse_norm: Tensor) -> None:
         """:meth:`adsa.similarity.RunningSimilarity.add` of the tokens in these slots.
@@ -144,7 +146,7 @@ class Loops:
         """
         (rows, heads, _), groups = total.shape, inverse_norm.shape[1]
         slots, at = (None, slot) if isinstance(slot, int) else (slot.contiguous(), 0)
-        self._check(features, rows, heads, features[0].shape[2])
+        self._check(features, rows, heads, features[0].shape[2], groups)
         native.check("total", total, (rows, heads, self._dim), torch.float32)
         native.check("inverse_norm", inverse_norm, (rows, groups, inverse_norm.shape[2]), torch.float32)
         if slots is not None:
@@ -163,7 +165,7 @@ class Loops:
             new: ``[R, H, 1, n]`` each.
         """
         slot, (rows, heads) = slot.contiguous(), parts[0].shape[:2]
-        self._check(parts, rows, heads, parts[0].shape[2])
+        self._check(parts, rows, heads, parts[0].shape[2], slot.shape[1])
         native.check("slots", slot, (rows, slot.shape[1], 1), torch.int64)
         new, _, new_row, new_head = _side_by_side(new, new, parts)
         self._put(
@@ -186,7 +188,9 @@ class Loops:
         rows, heads, count, _ = keys[0].shape
         slot, into = slot.contiguous(), into.contiguous()
         for parts in (keys, values):
-            self._check(parts, rows, heads, count)
+            self._check(parts, rows, heads, count, slot.shape[1])
+        if not self.merges:
+            raise ValueError("what is merged must be float32 or bfloat16")
         for index in (slot, into):
             native.check("slots", index, (rows, slot.shape[1], 1), torch.int64)
         added = _added(bias, rows, heads, 1, count)
@@ -236,13 +240,12 @@ class Loops:
         """
         rows, heads, count, _ = keys[0].shape
         (groups, after), shared = arrivals.shape[1:], q.shape[1] // heads
-        self._check(keys, rows, heads, count)
+        self._check(keys, rows, heads, count, groups)
+        native.check("the token's number", number, (), torch.int32)
         native.check("queries", q, (rows, heads * shared, q.shape[2], self._dim))
         native.check("arrivals", arrivals, (rows, groups, min(after, count)), torch.int32)
-        if heads % groups or not 0 < named <= few <= after:
-            raise ValueError(
-                f"{named} of {few} candidates must be within {after} slots, {groups} groups of {heads} heads"
-            )
+        if not 0 < named <= few <= after or not q.shape[2]:
+            raise ValueError(f"{named} of {few} candidates must be within {after} slots, and asked for by some query")
         if q.dtype not in _PLAIN:
             q = q.float()
         q = q if q.stride(3) == 1 else q.contiguous()

@@ -27,7 +27,7 @@ class QueryRecord:
         """
         self.count = count
         if clock is None:
-            for back in range(1, q.shape[2] + 1):
+            for back in range(min(q.shape[2], self.window), 0, -1):
                 self.queries[rows, :, (count - back) % self.window] = q[:, :, -back]
             return
         last = clock + torch.arange(-q.shape[2], 0, dtype=torch.int64, device=clock.device)

@@ -564,7 +564,7 @@ class Slots:
         self._taken += tokens
         return self._ranking[:, :, taken], self._into[:, :, taken] if self.merges else None
 
-    def victims(self, score: Tensor) -> tuple[Tensor, Tensor | None]:
+    def victims_by_score(self, score: Tensor) -> tuple[Tensor, Tensor | None]:
         """By score, ``[R, G, N]``, the slots whose tokens are to leave, as :meth:`Policy.victims` tells them."""
         found = self.in_parts(
             lambda rows: self._least(score, rows), 0 if self._loops_rank else self.groups * self.filled
@@ -692,7 +692,9 @@ class Slots:
     def _merge(self, slot: Tensor, into: Tensor) -> None:
         """A token that leaves becomes part of another. int64 ``[R, G, 1]`` each."""
         first, heads = self.condition_slots, self.bias.shape[1]
-        if self.loops is not None and self.loops.merges and self.similarity is None:
+        parts = (*self.stored_k.parts, *self.stored_v.parts)
+        graded = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+        if self.loops is not None and self.loops.merges and self.similarity is None and not graded:
             keys, values = (store.as_written(first, first + self.capacity) for store in (self.stored_k, self.stored_v))
             self.loops.merge(keys, values, slot, into, self.bias[..., first:])
             if self.attention is not None:

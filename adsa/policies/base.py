@@ -64,10 +64,12 @@ class Policy:
         raise NotImplementedError
 
     def victims(self, layer: "Slots") -> tuple[Tensor, Tensor | None]:
-        """By :meth:`score`, or in a way that comes to the same and is faster, whose tokens are to leave.
+        """Whose tokens are to leave: by :meth:`score`, or in a way that comes to the same and is faster.
+
+        A policy whose class has such a way overrides this together with ``score``.
 
         Returns:
             int64 ``[R, G, layer.ranked]`` each: slots of these tokens, the least worthy first; and of those that they
             are to be merged into, or None.
         """
-        return layer.victims(self.score(layer))
+        return layer.victims_by_score(self.score(layer))

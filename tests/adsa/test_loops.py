@@ -24,11 +24,13 @@ WIDTHS = sorted(native._VECTORS)[: 2 if native._capability() == "AVX512" else 1]
 SOURCE = Path(loops.__code__.co_filename).with_suffix(".cpp")
 D = 32
 FULL = CacheConfig("full")
+PLUS_OF_FEW = [(9, 1, 5), (12, 4, 5), (12, 0, 8)]  # candidates are more than may leave
 LONE = [
     config(policy, renew_every=renew) for policy, renew in itertools.product(sorted(set(POLICIES) - {"full"}), (1, 4))
 ]
 OTHERS = [
     *(CacheConfig("full", dtype=dtype) for dtype in ("int8", "int4")),
+    *(CacheConfig("adsa_plus", budget, prefix, 1, renew_every=renew) for budget, prefix, renew in PLUS_OF_FEW),
     *(config(policy, granularity="layer") for policy in ("adsa", "keydiff", "adsa_plus")),
     *(config("adsa", dtype=dtype) for dtype in ("int8", "int4")),
     config("adsa", fold_condition=False),
@@ -500,6 +502,11 @@ def test_wrong_shapes_are_told():
         lambda: loop.rank(q[:1], keys, None, slots.arrivals, slots.clock, **ranks),
         lambda: loop.rank(q, keys, bias[..., :3], slots.arrivals, slots.clock, **ranks),
         lambda: loop.rank(q, keys, None, slots.arrivals[:1], slots.clock, **ranks),
+        lambda: loop.merge(keys, values, torch.zeros(2, 0, 1).long(), torch.zeros(2, 0, 1).long(), bias),
+        lambda: loop.put(keys, torch.zeros(2, 3, 1).long(), (k,)),
+        lambda: loop.rank(q, keys, None, slots.arrivals, slots.clock.long(), **ranks),
+        lambda: loop.rank(q[:, :, :0], keys, None, slots.arrivals, slots.clock, **ranks),
+        lambda: loop.rank(q, keys, None, slots.arrivals, slots.clock, **(ranks | {"named": 3})),
         lambda: slots._least(torch.zeros(2, 1, 16), slice(0, 2)),
     ):
         with pytest.raises(ValueError, match="must be"):
