@@ -111,9 +111,7 @@ class LayerCache:
         self._admit(k.shape[2])
         self._note(q)
         compares = slots.compares(self.rows)
-        parts = (*slots.stored_k.parts, *slots.stored_v.parts)
-        graded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *parts))
-        looped = slots.loops is not None and not graded
+        looped = slots.loops is not None and not slots.graded(q, k, v)
         out = (self._looped if looped else self._read_once)(q, k, v, compares)
         if compares:
             slots.compared(self.rows)

@@ -372,6 +372,11 @@ static inline float exponentials(float* score, const float* bias, int64_t count,
     return all;
 }
 
+// A score as it is ranked; what is no number counts as 0.
+static inline float in_steps(float score, float largest, float fraction) {
+    return score == score ? std::nearbyint(std::min(std::max(score, -largest), largest) * fraction) : 0;
+}
+
 // Vector number `from` of new ones becomes vector number `to` of these.
 static inline void copy(void* const* parts, int64_t to, const void* const* made, int64_t from) {
     for (size_t part = 0; part < std::size(Format::BYTES); part++) {
@@ -647,7 +652,7 @@ void rank(
                 bar();
                 for (int64_t i = 0; i < some; i++) {
                     const float ln = std::log(odds[candidate[i]]) + std::log(distance(i)) / 2;
-                    worth[i] = ln == ln ? std::nearbyint(std::min(std::max(ln, -largest), largest) * fraction) : 0;
+                    worth[i] = in_steps(ln, largest, fraction);
                 }
                 std::iota(ranks.begin(), ranks.end(), 0);
                 const auto sorted = ranks.begin() + std::min(named, some);
@@ -680,9 +685,7 @@ void least_worthy(
         const float* const mine = score + r * count;
         const int32_t* const arrival = arrivals + r * arrivals_row;
         const auto steps = [&](int64_t n) {  // of the order of scores; those of tokens that stay come last
-            const float score = mine[n] == mine[n] ? mine[n] : 0;
-            const float rounded = std::nearbyint(std::min(std::max(score, -largest), largest) * fraction);
-            return arrival[n] > stay ? INFINITY : rounded;
+            return arrival[n] > stay ? INFINITY : in_steps(mine[n], largest, fraction);
         };
         float least = INFINITY;
         int32_t first = INT32_MAX, slot = 0;

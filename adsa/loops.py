@@ -94,9 +94,7 @@ class Loops:
         if _strides(keys) != _strides(values):
             raise ValueError("keys and values must lie alike")
         native.check("queries", q, (rows, heads * shared, queries, dim))
-        if given not in _PLAIN:
-            q = q.float()
-        q = q if q.stride(3) == 1 else q.contiguous()
+        q = _read_by_vectors(q)
         out = q.new_empty(rows, queries, heads * shared, dim)
         of_keys, total, inverse_norm, similarities = comparison or (False, None, None, None)
         slot, new_keys, new_values = new or (0, (), ())
@@ -246,9 +244,7 @@ class Loops:
         native.check("arrivals", arrivals, (rows, groups, min(after, count)), torch.int32)
         if not 0 < named <= few <= after or not q.shape[2]:
             raise ValueError(f"{named} of {few} candidates must be within {after} slots, and asked for by some query")
-        if q.dtype not in _PLAIN:
-            q = q.float()
-        q = q if q.stride(3) == 1 else q.contiguous()
+        q = _read_by_vectors(q)
         held = torch.tensor(held, dtype=torch.int32, device="cpu")
         found, into = torch.empty(2, rows, groups, named, dtype=torch.int64, device="cpu")
         self._rank(
@@ -317,6 +313,12 @@ def _at(tensor: Tensor | None) -> int | None:
 
 def _all(parts: Parts) -> ctypes.Array | None:
     return (ctypes.c_void_p * len(parts))(*map(_at, parts)) if parts else None
+
+
+def _read_by_vectors(q: Tensor) -> Tensor:
+    """Queries of a dtype that C++ reads, numbers of a vector without gaps."""
+    q = q if q.dtype in _PLAIN else q.float()
+    return q if q.stride(3) == 1 else q.contiguous()
 
 
 def _added(bias: Tensor | None, rows: int, heads: int, queries: int, count: int) -> tuple[int | None, int, int, int]:

@@ -229,6 +229,12 @@ class Slots:
         """A CPU's loops for these keys and values; None: there are none, or a compiler is at work."""
         return None if torch.compiler.is_compiling() else self._loops
 
+    def graded(self, *tensors: Tensor) -> bool:
+        """Whether gradients are wanted of what is here, or of these: then loops would cut them off."""
+        if not torch.is_grad_enabled():
+            return False
+        return any(x.requires_grad for x in (*tensors, *self.stored_k.parts, *self.stored_v.parts))
+
     # What policies see: the image tokens now cached, N of them.
 
     @property
@@ -692,9 +698,7 @@ class Slots:
     def _merge(self, slot: Tensor, into: Tensor) -> None:
         """A token that leaves becomes part of another. int64 ``[R, G, 1]`` each."""
         first, heads = self.condition_slots, self.bias.shape[1]
-        parts = (*self.stored_k.parts, *self.stored_v.parts)
-        graded = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
-        if self.loops is not None and self.loops.merges and self.similarity is None and not graded:
+        if self.loops is not None and self.loops.merges and self.similarity is None and not self.graded():
             keys, values = (store.as_written(first, first + self.capacity) for store in (self.stored_k, self.stored_v))
             self.loops.merge(keys, values, slot, into, self.bias[..., first:])
             if self.attention is not None:
